@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The status page of a VM: one small file, mapped into memory by the worker that writes it and by whoever looks.
+
+It holds what must be seen while the worker is stuck (is its loop busy, since when, in what), and what must outlive it at any
+instruction: which events have been numbered, how far the monitor's bytes are read, and which commands QEMU still owes an answer (the
+ledger). Every figure is one aligned 64-bit store, so a reader never sees half of one. Writers: the VM's worker alone. Readers: the
+broker (`blocked` in list), and the next worker of the same VM.
+
+    word   what
+       0   magic and layout version
+       1   pid of the worker               2   its start time (clock ticks after boot, /proc/PID/stat field 22)
+       3   epoch of the run                4   progress: seq << 24 | bytes of the peeked chunk that are dealt with
+       5   pending consumption             6   carry: which carry file, and its length
+       7   the last QMP id given out       8   busy since (CLOCK_MONOTONIC, ns), 0 while the loop sleeps
+       9   wake-ups of the loop           10   incarnation: workers this VM has had
+   16-23   what the loop is busy with, UTF-8, zero padded
+  64-319   ledger: 16 entries of 16 words (class LedgerEntry)
+
+See worker/qmp/framing.py for words 4 to 6, worker/qmp/ledger.py for the ledger.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+PAGE_BYTES: Final = 4096
+MAGIC: Final = int.from_bytes(b"VMLPAGE1", "little")
+
+LEDGER_SLOTS: Final = 16
+LEDGER_SLOT_WORDS: Final = 16
+LEDGER_AT: Final = 64
+
+_TASK_AT: Final = 16 * 8
+_TASK_BYTES: Final = 64
+
+
+class Word(IntEnum):
+    """Index of each figure, in 64-bit words."""
+
+    MAGIC = 0
+    WORKER_PID = 1
+    WORKER_STARTED = 2
+    EPOCH = 3
+    PROGRESS = 4
+    PENDING = 5
+    CARRY = 6
+    QMP_ID = 7
+    BUSY_SINCE = 8
+    WAKEUPS = 9
+    INCARNATION = 10
+
+
+class PageDamaged(Exception):
+    """The file is no status page of this layout: foreign, torn or of another version."""
+
+
+class Page:
+    """A mapped status page. `words` is the page as 64-bit figures."""
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        """Map `path`; when writable it is created (zeroed, with its magic) if missing. `PageDamaged` if it is something else."""
+        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if size == 0 and writable:
+                os.ftruncate(fd, PAGE_BYTES)
+            elif size != PAGE_BYTES:
+                raise PageDamaged(f"{path}: {size} bytes instead of {PAGE_BYTES}")
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(fd, PAGE_BYTES, access=access)
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
+        self.words = self._view.cast("Q")
+        if size == 0 and writable:
+            self.words[Word.MAGIC] = MAGIC
+        elif self.words[Word.MAGIC] != MAGIC:
+            self.close()
+            raise PageDamaged(f"{path}: not a status page of this version")
+
+    def close(self) -> None:
+        self.words.release()
+        self._view.release()
+        self._map.close()
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the loop's side -------------------------------------------------------------------------------------------------
+
+    def busy(self, task: str = "") -> None:
+        """Said by the loop when it wakes, or by a long step that names itself."""
+        if task:
+            text = task.encode()[: _TASK_BYTES - 1]
+            self._map[_TASK_AT : _TASK_AT + _TASK_BYTES] = text.ljust(_TASK_BYTES, b"\0")
+        self.words[Word.BUSY_SINCE] = time.monotonic_ns()
+        self.words[Word.WAKEUPS] = (self.words[Word.WAKEUPS] + 1) & 0xFFFFFFFFFFFFFFFF
+
+    def idle(self) -> None:
+        """Said by the loop right before it sleeps."""
+        self.words[Word.BUSY_SINCE] = 0
+
+    # -- the looker's side -----------------------------------------------------------------------------------------------
+
+    def blocked_seconds(self) -> float:
+        """How long the worker's loop has been in one turn; 0.0 while it sleeps. For a loop at work these are microseconds."""
+        since: int = self.words[Word.BUSY_SINCE]
+        return max(0.0, (time.monotonic_ns() - since) / 1e9) if since else 0.0
+
+    def task(self) -> str:
+        """What the loop last said it does."""
+        return bytes(self._map[_TASK_AT : _TASK_AT + _TASK_BYTES]).split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    # -- the ledger's side -----------------------------------------------------------------------------------------------
+
+    def slot(self, index: int) -> memoryview:
+        """The 16 words of one ledger entry."""
+        at = LEDGER_AT + index * LEDGER_SLOT_WORDS
+        return self.words[at : at + LEDGER_SLOT_WORDS]
+
+
+_FLOAT = struct.Struct("<d")
+
+
+def float_to_word(value: float) -> int:
+    """A float as a 64-bit figure."""
+    return int.from_bytes(_FLOAT.pack(value), "little")
+
+
+def word_to_float(word: int) -> float:
+    """The float that `float_to_word` made a figure of."""
+    value: float = _FLOAT.unpack(word.to_bytes(8, "little"))[0]
+    return value

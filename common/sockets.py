@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that makes ZeroMQ sockets and sets their options. Nobody else calls `Context.socket`.
+
+Every socket has: LINGER bounded (a process never hangs in exit), high-water marks (a peer that does not read costs bounded memory),
+MAXMSGSIZE (a huge message costs its sender the connection), and on both ends ZMTP heartbeats (a dead peer is noticed). ROUTERs are
+MANDATORY: a message that cannot be delivered is an error here, not silence. All sends are non-blocking.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+# libzmq drops the connection of a peer that sends more in one frame. Twice the wire's limit, so that a message somewhat over
+# the limit still gets its coded `too-large` answer instead of a cut connection.
+TRANSPORT_MAX_BYTES: Final = 2 * 16 * 1024 * 1024
+
+CLIENT_QUEUE: Final = 2048  # messages; twice the requests one client may have in flight
+WORKER_QUEUE: Final = 4096  # messages; covers the requests of one VM and their answers
+EVENT_QUEUE: Final = 10_000  # messages a subscriber may lag behind before PUB drops for it
+
+# ZMTP heartbeats: they vouch for the process and its link, not for its Python loop (that is what the status page is for).
+HEARTBEAT_MS: Final = 5_000
+HEARTBEAT_TIMEOUT_MS: Final = 20_000
+
+LINGER_MS: Final = 500  # time for the last answers to leave when a process ends
+RECONNECT_MS: Final = 20
+RECONNECT_MAX_MS: Final = 500
+
+
+def ipc(path: Path) -> str:
+    """The ZeroMQ endpoint of a unix socket's path."""
+    return f"ipc://{path}"
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], path: Path, queue: int) -> zmq.Socket[bytes]:
+    """A bound ROUTER for many peers. The caller holds a lock on the path: an ipc bind silently steals it from a running owner."""
+    socket = _socket(context, zmq.ROUTER, queue)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.bind(ipc(path))
+    return socket
+
+
+def bind_publisher(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
+    """A bound PUB; it drops for subscribers that lag, and never blocks."""
+    socket = _socket(context, zmq.PUB, EVENT_QUEUE)
+    socket.bind(ipc(path))
+    return socket
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, queue: int) -> zmq.Socket[bytes]:
+    """A DEALER that connects, reconnects by itself, and queues nothing for a peer that is not there (IMMEDIATE)."""
+    socket = _socket(context, zmq.DEALER, queue)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    socket.connect(endpoint)
+    return socket
+
+
+def connect_subscriber(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, topics: list[bytes]
+) -> zmq.Socket[bytes]:
+    """A SUB on some topics."""
+    socket = _socket(context, zmq.SUB, EVENT_QUEUE)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    for topic in topics:
+        socket.setsockopt(zmq.SUBSCRIBE, topic)
+    socket.connect(endpoint)
+    return socket
+
+
+def watch_connection(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A PAIR that tells when `socket` has shaken hands with its peer or lost it (zmq_socket_monitor)."""
+    pair = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    pair.setsockopt(zmq.LINGER, 0)
+    return pair
+
+
+def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, queue: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.SNDHWM, queue)
+    socket.setsockopt(zmq.RCVHWM, queue)
+    socket.setsockopt(zmq.MAXMSGSIZE, TRANSPORT_MAX_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    return socket
