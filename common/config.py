@@ -20,6 +20,9 @@ Model = TypeVar("Model", bound=msgspec.Struct)
 # No settings file or definition of a sane person comes near this; it keeps a hostile one from filling memory.
 MAX_CONFIG_BYTES = 1024 * 1024
 
+# So much of an unknown key is compared and shown; over the wire it may be megabytes long.
+_SHOWN = 64
+
 
 def read_toml(path: Path, model: type[Model]) -> Model:
     """The model in a file. `ConfigError` naming the file, the key and, for an unknown one, the nearest known key."""
@@ -57,9 +60,10 @@ def _refuse_unknown(data: dict[str, Any], model: type[msgspec.Struct], origin: s
     hints = get_type_hints(model)
     for key, value in data.items():
         if key not in model.__struct_fields__:
-            near = difflib.get_close_matches(str(key), model.__struct_fields__, n=1, cutoff=0.5)
+            text = str(key)[:_SHOWN]
+            near = difflib.get_close_matches(text, model.__struct_fields__, n=1, cutoff=0.5)
             hint = f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(model.__struct_fields__)}"
-            raise ConfigError(f"{origin}: unknown key '{prefix}{key}'{hint}")
+            raise ConfigError(f"{origin}: unknown key '{prefix}{text}'{hint}")
         inner = hints[key]
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             _refuse_unknown(value, inner, origin, f"{prefix}{key}.")

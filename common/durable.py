@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory. Raises OSError; then the old file is untouched."""
+    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory. After an OSError the old file is untouched."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

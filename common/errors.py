@@ -40,7 +40,8 @@ class VmloopError(Exception):
 
     code: ClassVar[str] = "internal"
 
-    def __init__(self, message: str, **fields: Any) -> None:
+    # Positional only: a peer's error body may hold a field of any name, `self` and `message` included.
+    def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
         self.message = message
         self.fields = fields

@@ -6,6 +6,7 @@ Everything inside the native frame after its header, Majordomo headers and paylo
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import msgpack
@@ -34,7 +35,7 @@ def unpack(body: bytes | memoryview) -> Any:
         return None
     try:
         return msgpack.unpackb(body)
-    except (ValueError, TypeError, RecursionError, UnicodeError) as error:
+    except (ValueError, TypeError, RecursionError, UnicodeError, MemoryError) as error:
         raise BadRequest(f"the body is not one msgpack value: {type(error).__name__} {error}".strip()) from error
 
 
@@ -51,11 +52,11 @@ def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
 def _without_huge_integers(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_huge_integers(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_without_huge_integers(item) for item in value]
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         try:
             return float(value)
         except OverflowError:
-            return str(value)
+            return math.inf if value > 0 else -math.inf
     return value

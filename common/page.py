@@ -13,8 +13,11 @@ broker (`blocked` in list), and the next worker of the same VM.
        5   pending consumption             6   carry: which carry file, and its length
        7   the last QMP id given out       8   busy since (CLOCK_MONOTONIC, ns), 0 while the loop sleeps
        9   wake-ups of the loop           10   incarnation: workers this VM has had
-   16-23   what the loop is busy with, UTF-8, zero padded
-  64-319   ledger: 16 entries of 16 words (class LedgerEntry)
+      11   carry after the consumption    12   1 while a command is half written to the monitor
+      13   state of the VM (its place in VmState)        14   facts about the run (worker/vm.py)
+      15   in that state since (microseconds since 1970)
+   16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
+  64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
 
 See worker/qmp/framing.py for words 4 to 6, worker/qmp/ledger.py for the ledger.
 """
@@ -38,7 +41,8 @@ LEDGER_SLOT_WORDS: Final = 16
 LEDGER_AT: Final = 64
 
 _TASK_AT: Final = 16 * 8
-_TASK_BYTES: Final = 64
+_REASON_AT: Final = 24 * 8
+_TEXT_BYTES: Final = 64
 
 
 class Word(IntEnum):
@@ -55,6 +59,11 @@ class Word(IntEnum):
     BUSY_SINCE = 8
     WAKEUPS = 9
     INCARNATION = 10
+    NEXT_CARRY = 11
+    SENDING = 12
+    STATE = 13
+    FACTS = 14
+    SINCE = 15
 
 
 class PageDamaged(Exception):
@@ -104,8 +113,7 @@ class Page:
     def busy(self, task: str = "") -> None:
         """Said by the loop when it wakes, or by a long step that names itself."""
         if task:
-            text = task.encode()[: _TASK_BYTES - 1]
-            self._map[_TASK_AT : _TASK_AT + _TASK_BYTES] = text.ljust(_TASK_BYTES, b"\0")
+            self._put_text(_TASK_AT, task)
         self.words[Word.BUSY_SINCE] = time.monotonic_ns()
         self.words[Word.WAKEUPS] = (self.words[Word.WAKEUPS] + 1) & 0xFFFFFFFFFFFFFFFF
 
@@ -122,7 +130,25 @@ class Page:
 
     def task(self) -> str:
         """What the loop last said it does."""
-        return bytes(self._map[_TASK_AT : _TASK_AT + _TASK_BYTES]).split(b"\0", 1)[0].decode("utf-8", "replace")
+        return self._text(_TASK_AT)
+
+    # -- the state of the VM, for the next worker ------------------------------------------------------------------------
+
+    def put_state(self, state: int, reason: str) -> None:
+        """Note the VM's state (a place in VmState) and its reason, as of now."""
+        self._put_text(_REASON_AT, reason)
+        self.words[Word.SINCE] = time.time_ns() // 1000
+        self.words[Word.STATE] = state
+
+    def state_reason(self) -> str:
+        """The reason that was put last."""
+        return self._text(_REASON_AT)
+
+    def _put_text(self, at: int, text: str) -> None:
+        self._map[at : at + _TEXT_BYTES] = text.encode()[: _TEXT_BYTES - 1].ljust(_TEXT_BYTES, b"\0")
+
+    def _text(self, at: int) -> str:
+        return bytes(self._map[at : at + _TEXT_BYTES]).split(b"\0", 1)[0].decode("utf-8", "replace")
 
     # -- the ledger's side -----------------------------------------------------------------------------------------------
 

@@ -74,6 +74,10 @@ class Paths:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make {error.filename}: {error.strerror}; choose another --root") from error
+        for directory in (self.run, self.state):
+            owner = directory.stat().st_uid
+            if owner not in (0, os.geteuid()):  # who owns /tmp/vmloop-1000 could put sockets of their own there
+                raise ConfigError(f"{directory} belongs to uid {owner}, not to you; choose another --root")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 
 from .config import read_toml
+from .errors import ConfigError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -63,4 +64,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_settings(path: Path) -> Settings:
     """The settings in a file, the defaults if there is none. `ConfigError` if the file is wrong."""
-    return read_toml(path, Settings) if path.exists() else Settings()
+    try:
+        return read_toml(path, Settings)
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return Settings()
+        raise

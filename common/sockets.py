@@ -89,3 +89,13 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, queue: int) -> z
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     return socket
+
+
+def ready_events(socket: zmq.Socket[bytes]) -> int:
+    """What can be done now without blocking: POLLIN, POLLOUT. Reading it also re-arms the socket's edge-triggered FD."""
+    return socket.getsockopt(zmq.EVENTS)  # type: ignore[return-value]
+
+
+def edge_fd(socket: zmq.Socket[bytes]) -> int:
+    """The FD that turns readable when `ready_events` may have changed."""
+    return socket.getsockopt(zmq.FD)  # type: ignore[return-value]

@@ -33,6 +33,7 @@ MAGIC: Final = b"VML1"
 HEADER: Final = struct.Struct("<4sBBBBQdIIQ")
 HEADER_BYTES: Final = HEADER.size
 _ID: Final = struct.Struct("<Q")
+_ID_AND_SECONDS: Final = struct.Struct("<Qd")
 _ID_AT: Final = 8
 
 FLAG_READING: Final = 1
@@ -85,9 +86,12 @@ class BadFrame(BadRequest):
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message. `BadFrame` if a part is longer than its length field, or than the limit for keys."""
-    service = message.service.encode()
-    op = message.op.encode()
+    """The frame of a message. `BadFrame` if a part is no text or longer than its length field, or a key over its limit."""
+    try:
+        service = message.service.encode()
+        op = message.op.encode()
+    except UnicodeEncodeError:  # lone surrogates, as arguments of a command line may hold
+        raise BadFrame("service and op must be UTF-8") from None
     if len(service) > 255 or len(op) > 255 or len(message.key) > MAX_KEY_BYTES:
         raise BadFrame("service and op are at most 255 bytes, a key at most 64")
     head = HEADER.pack(
@@ -141,6 +145,11 @@ def decode(frame: bytes) -> Message:
 def with_id(frame: bytes, number: int) -> bytes:
     """The same frame with another id: all that the broker changes on a message's way through."""
     return b"".join((frame[:_ID_AT], _ID.pack(number), frame[_ID_AT + 8 :]))
+
+
+def forwarded(frame: bytes, number: int, seconds: float) -> bytes:
+    """A client's request as it goes on to the worker: the broker's number for the client's id, and the timeout that holds."""
+    return b"".join((frame[:_ID_AT], _ID_AND_SECONDS.pack(number, seconds), frame[_ID_AT + 16 :]))
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Measurements against the numbers of the design; make bench runs them."""

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker's program: lock the root, bind, find what an earlier broker left, run. `vmloop broker`, or `python -m vmloop.broker DIR`."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from ..common.errors import Denied, VmloopError
+from ..common.log import log_to_stderr
+from ..common.paths import Paths, default_paths, paths_under
+from ..common.settings import Settings, read_settings
+from ..common.sockets import CLIENT_QUEUE, WORKER_QUEUE, bind_publisher, bind_router
+from .catalogue import scan
+from .host import HostCore
+from .looker import ProcLooker
+from .loop import Loop
+from .spawner import Spawner
+from .systemd import Notifier
+
+log = logging.getLogger(__name__)
+
+# Sockets, pages and pidfds: about four fds a VM.
+WANTED_FDS: Final = 65536
+
+
+def serve(paths: Paths) -> int:
+    """Be the broker of a root until told to end. Returns the exit code; raises the error tree's members if it cannot start."""
+    os.umask(0o077)
+    paths.create()
+    settings = read_settings(paths.settings_file)
+    log_to_stderr(settings.log.level)
+    lock = _lock(paths.broker_lock)
+    _raise_fd_limit()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 65535)
+    clients = bind_router(context, paths.client_socket, CLIENT_QUEUE)
+    workers = bind_router(context, paths.worker_socket, WORKER_QUEUE)
+    publisher = bind_publisher(context, paths.events_socket)
+    try:
+        _run(paths, settings, clients, workers, publisher)
+    finally:
+        for socket in (clients, workers, publisher):
+            socket.close()
+        context.term()  # bounded by the sockets' linger
+        os.close(lock)
+    return 0
+
+
+def _run(
+    paths: Paths,
+    settings: Settings,
+    clients: zmq.Socket[bytes],
+    workers: zmq.Socket[bytes],
+    publisher: zmq.Socket[bytes],
+) -> None:
+    notifier = Notifier(os.environ)
+    looker = ProcLooker(paths)
+    # A number that no earlier broker of this root has used: late answers to it are then known as such.
+    core = HostCore(settings, time.time_ns(), looker, os.getpid())
+    loop = Loop(core, clients, workers, publisher, looker)
+    spawner = Spawner(paths, settings, loop.on_forked, loop.on_not_forked, loop.on_exit, loop.on_new_zygote)
+    try:
+        spawner.start()
+        loop.use(spawner)
+        now = time.monotonic()
+        for found in scan(paths):
+            entry = core.roster.add(found.name, found.status)
+            entry.epoch = found.epoch
+            if found.status.get("alive"):
+                core.adopt(entry, now)
+        log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
+        notifier.ready(f"{len(core.roster)} VMs known")
+        loop.run()
+        notifier.stopping("ended by request; VMs and workers run on")
+        log.info("vmloop broker ended")
+    finally:
+        loop.close()
+        spawner.close()
+        looker.close()
+
+
+def _lock(path: Path) -> int:
+    """The root's lock, held until the process ends. `Denied` naming the other broker's pid if there is one."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        other = os.read(fd, 32).decode("ascii", "replace").strip()
+        os.close(fd)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        raise Denied(
+            f"a broker serves {path.parent} already (pid {other or 'unknown'}); one root has one broker"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _raise_fd_limit() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(WANTED_FDS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main() -> int:
+    """`python -m vmloop.broker [ROOT]`."""
+    try:
+        root = sys.argv[1] if len(sys.argv) > 1 else None
+        return serve(paths_under(Path(root)) if root else default_paths(os.environ, os.getuid()))
+    except VmloopError as error:
+        sys.stderr.write(f"vmloop: {error.code}: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the core decides and the loop does. Made by core.py, carried out in order by loop.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..common.names import VmName
+
+
+class ToClient(NamedTuple):
+    """Send these frames to a client; dropped (and counted) if it is gone or does not read."""
+
+    identity: bytes
+    frames: list[bytes]
+
+
+class ToWorker(NamedTuple):
+    """Send this frame to a worker; `number` is told back as undeliverable if its queue is full or it is gone (0: do not tell)."""
+
+    identity: bytes
+    frame: bytes
+    number: int
+
+
+class Publish(NamedTuple):
+    """Tell subscribers."""
+
+    topic: bytes
+    body: bytes
+
+
+class Fork(NamedTuple):
+    """Make a worker for this VM."""
+
+    name: VmName
+
+
+class KillWorker(NamedTuple):
+    """End a worker that never presented itself."""
+
+    name: VmName
+
+
+class WatchWorker(NamedTuple):
+    """Watch a worker that presented itself without having been forked for this broker."""
+
+    name: VmName
+    pid: int
+    started: int
+
+
+class Forget(NamedTuple):
+    """Release what is held for a VM that is no more."""
+
+    name: VmName
+
+
+class EndZygote(NamedTuple):
+    """The zygote ends with its last worker."""
+
+
+Action = ToClient | ToWorker | Publish | Fork | KillWorker | WatchWorker | Forget | EndZygote

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an earlier broker left: the VMs on disk, read once before a broker begins to serve. Used by __main__.py.
+
+This is the only time that the broker reads VMs' files; while it serves, workers tell it everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import msgspec
+
+from ..common.errors import BadRequest
+from ..common.names import VmName, vm_name
+from ..common.paths import Paths
+
+log = logging.getLogger(__name__)
+
+_MAX_BYTES = 4 * 1024 * 1024
+
+
+class _Ended(msgspec.Struct):
+    state: str = "shutoff"
+    reason: str = "unknown"
+    time: float = 0.0
+
+
+class _Run(msgspec.Struct):
+    """The part of run.json (worker/runfile.py) that a list needs."""
+
+    epoch: int = 0
+    started: float = 0.0
+    ended: _Ended | None = None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One VM on disk, as a status that its worker would send."""
+
+    name: VmName
+    epoch: int
+    status: dict[str, Any]
+
+
+def scan(paths: Paths) -> list[Found]:
+    """All VMs that have a directory. What is damaged or foreign is named in the log and passed over, never removed."""
+    found = []
+    for entry in sorted(os.scandir(paths.vms_state), key=lambda entry: entry.name):
+        try:
+            name = vm_name(entry.name)
+        except BadRequest as error:
+            log.warning("%s is no VM's directory: %s", entry.path, error)
+            continue
+        defined = paths.vm(name).definition.exists()
+        run = _read(paths, name)
+        if defined or run is not None:
+            found.append(Found(name, run.epoch if run else 0, _status(run, defined)))
+    return found
+
+
+def _read(paths: Paths, name: VmName) -> _Run | None:
+    path = paths.vm(name).run_file
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(_MAX_BYTES), type=_Run)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): VM %s is unknown until its worker has looked", path, error, name)
+        return _Run()
+
+
+def _status(run: _Run | None, defined: bool) -> dict[str, Any]:
+    status: dict[str, Any] = {"defined": defined, "state": "shutoff", "reason": "unknown", "run": run is not None}
+    if run is None:
+        return status
+    if run.ended is None:
+        return {**status, "state": "unknown", "reason": "not looked at yet", "alive": True, "started": run.started}
+    return {
+        **status,
+        "state": run.ended.state,
+        "reason": run.ended.reason,
+        "since": run.ended.time,
+        "started": run.started,
+    }

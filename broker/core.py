@@ -1,0 +1,558 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker's decisions: takes a message, an exit or a tick, and leaves actions. Touches no socket, process or clock; driven by loop.py.
+
+A request's way: `on_client` checks it, numbers it, writes it down (inflight.py) and leaves `ToWorker`; the worker's answer comes in
+`on_worker`, finds its entry by that number, and leaves `ToClient`. Payloads are passed on packed. Requests to the host are answered in
+host.py; those that need a worker that is not there wait for it (`_wait_for_worker`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Final
+
+from ..common.errors import (
+    BadRequest,
+    Busy,
+    DeadlineExceeded,
+    NoSuchVm,
+    NotRunning,
+    OutcomeUnknown,
+    TooLarge,
+    VmloopError,
+    WorkerLost,
+)
+from ..common.majordomo import (
+    BadMajordomo,
+    Dialect,
+    Envelope,
+    MmiRequest,
+    build_mmi_reply,
+    build_reply,
+    is_majordomo,
+    parse_request,
+)
+from ..common.names import HOST_SERVICE, VmName, host_topic, vm_of_service
+from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack_map
+from ..common.settings import Settings
+from ..common.wire import (
+    FLAG_READING,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    BadFrame,
+    Kind,
+    Message,
+    decode,
+    encode,
+    forwarded,
+    with_id,
+)
+from .actions import Action, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
+from .inflight import Entry, InFlight
+from .restarts import counts_as_stable, delay_before_restart
+from .roster import Roster, VmEntry, WorkerState
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT: Final = 30.0  # design, section 5
+MAX_TIMEOUT: Final = 3600.0
+# A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
+WORKER_GRACE: Final = 0.25
+
+_REQUEST: Final = int(Kind.REQUEST)
+_PARTIAL: Final = int(Kind.PARTIAL)
+_ANSWERS: Final = frozenset({int(Kind.REPLY), int(Kind.PARTIAL), int(Kind.ERROR)})
+
+
+class Core:
+    """The whole state of a broker. `actions` is what the loop has yet to do."""
+
+    def __init__(self, settings: Settings, first_number: int) -> None:
+        self.settings = settings
+        self.actions: list[Action] = []
+        self.roster = Roster()
+        self.inflight = InFlight(first_number, settings.broker.requests_per_client, settings.broker.requests_per_vm)
+        self.dropped = 0  # messages that could not be answered
+        self.finished = False
+        self._draining_until: float | None = None
+        self._watches: set[VmName] = set()  # VMs whose worker's state has a `due`
+
+    # -- from clients -------------------------------------------------------------------------------------------------------
+
+    def on_client(self, identity: bytes, parts: list[bytes], now: float) -> None:
+        """A message at the client door, without its identity frame. Any bytes are survived."""
+        if len(parts) == 1 and parts[0][:4] == MAGIC:
+            self._on_native(identity, parts[0], now)
+        elif is_majordomo(parts):
+            self._on_majordomo(identity, parts, now)
+        else:
+            self._drop(f"neither a native frame nor Majordomo: {len(parts)} frames")
+
+    def _on_native(self, identity: bytes, frame: bytes, now: float) -> None:
+        if len(frame) < HEADER_BYTES:
+            return self._drop("a native frame shorter than its header")
+        _, kind, flags, service_len, op_len, client_id, seconds, _, key_len, _ = HEADER.unpack_from(frame)
+        entry = Entry(0, identity, client_id, None, None, "", bool(flags & FLAG_READING), now)
+        try:
+            if len(frame) > MAX_MESSAGE_BYTES:
+                text = f"a message is at most {MAX_MESSAGE_BYTES} bytes, this one has {len(frame)}"
+                raise TooLarge(text, limit=MAX_MESSAGE_BYTES)
+            op_at = HEADER_BYTES + service_len
+            if kind != _REQUEST or key_len > 64 or op_at + op_len + key_len > len(frame):
+                decode(frame)  # says what is wrong
+                raise BadFrame("a client sends requests: kind 1")
+            service = frame[HEADER_BYTES:op_at]
+            entry.op = frame[op_at : op_at + op_len].decode("utf-8", "replace")
+            seconds = _checked_timeout(seconds)
+            vm = self.roster.by_service.get(service)
+            if vm is not None and vm.worker.state is WorkerState.READY and self._goes_to_worker(entry.op):
+                self._forward(entry, vm, frame, seconds, now)
+            else:
+                self._dispatch(entry, service.decode("utf-8", "replace"), frame, seconds, now)
+        except VmloopError as error:
+            self._answer_error(entry, error, now)
+        return None
+
+    def _on_majordomo(self, identity: bytes, parts: list[bytes], now: float) -> None:
+        try:
+            request = parse_request(parts)
+        except BadMajordomo as error:
+            if error.envelope is None:
+                return self._drop(str(error))
+            entry = Entry(0, identity, error.client_id, error.envelope, None, "", True, now)
+            return self._answer_error(entry, error, now)
+        if isinstance(request, MmiRequest):
+            status = "501" if request.envelope.service != "mmi.service" else self._mmi_status(request.asked)
+            self.actions.append(ToClient(identity, build_mmi_reply(request.envelope, status)))
+            return None
+        entry = Entry(0, identity, request.client_id, request.envelope, None, request.op, request.reading, now)
+        try:
+            size = sum(map(len, parts))
+            if size > MAX_MESSAGE_BYTES:
+                text = f"a message is at most {MAX_MESSAGE_BYTES} bytes, this one has {size}"
+                raise TooLarge(text, limit=MAX_MESSAGE_BYTES)
+            seconds = _checked_timeout(request.timeout or 0.0)
+            frame = encode(
+                Message(
+                    kind=Kind.REQUEST,
+                    service=request.envelope.service,
+                    op=request.op,
+                    body=request.body,
+                    key=request.key,
+                    flags=FLAG_READING if request.reading else 0,
+                    seconds=seconds,
+                )
+            )
+            self._dispatch(entry, request.envelope.service, frame, seconds, now)
+        except VmloopError as error:
+            self._answer_error(entry, error, now)
+        return None
+
+    def _mmi_status(self, service: str) -> str:
+        there = service == HOST_SERVICE or service.encode() in self.roster.by_service
+        return "200" if there else "404"
+
+    # -- dispatch -----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _goes_to_worker(op: str) -> bool:
+        return op not in ("show", "wait")
+
+    def _dispatch(self, entry: Entry, service: str, frame: bytes, seconds: float, now: float) -> None:
+        """Everything but the short way: requests to the host, and to VMs without a ready worker."""
+        if self._draining_until is not None:
+            raise Busy("the broker is going down; VMs and workers run on, ask again when it is back")
+        if service == HOST_SERVICE:
+            self.on_host(entry, frame, seconds, now)
+            return
+        name = vm_of_service(service)
+        vm = self.roster.get(name)
+        if vm is None:
+            raise NoSuchVm(f"there is no VM {name!r}; 'vmloop list' shows all, 'vmloop define' makes one")
+        if not self._goes_to_worker(entry.op):
+            self.on_lookup(entry, vm, frame, seconds, now)
+        elif vm.worker.state is WorkerState.READY:
+            self._forward(entry, vm, frame, seconds, now)
+        elif vm.alive or entry.op in ("events", "detach"):
+            self.wait_for_worker(entry, vm, frame, seconds, now)
+        else:
+            reason = vm.status.get("reason", "unknown")
+            raise NotRunning(f"VM {name} does not run (it is {vm.state}: {reason}); start it first")
+
+    def on_host(self, entry: Entry, frame: bytes, seconds: float, now: float) -> None:
+        """A request to the host; host.py puts its own function here."""
+        raise NotImplementedError
+
+    def on_lookup(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
+        """`show` and `wait`; host.py puts its own function here."""
+        raise NotImplementedError
+
+    def _forward(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
+        """The short way: to the VM's worker, at once."""
+        if self._draining_until is not None:
+            raise Busy("the broker is going down; VMs and workers run on, ask again when it is back")
+        self._enter(entry, vm, now + seconds + WORKER_GRACE)
+        frame = forwarded(frame, entry.number, seconds)
+        if entry.reading:
+            self.inflight.hold_frame(entry, frame)
+        self._send(entry, vm, frame)
+
+    def wait_for_worker(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
+        """Keep a request until the VM has a ready worker, and have one made if none is on its way."""
+        self._enter(entry, vm, now + seconds + WORKER_GRACE)
+        try:
+            self.inflight.hold_frame(entry, forwarded(frame, entry.number, seconds))
+        except Busy:
+            self.inflight.take(entry.number)
+            raise
+        if vm.worker.state is WorkerState.READY:
+            self._send(entry, vm, entry.frame)
+        elif vm.worker.state is WorkerState.ABSENT:
+            self._make_worker(vm, now, "a request came")
+
+    def _enter(self, entry: Entry, vm: VmEntry | None, deadline: float) -> None:
+        name = vm.name if vm is not None else None
+        self.inflight.require_room(entry.client, name)
+        entry.number = self.inflight.next_number()
+        entry.vm = name
+        self.inflight.add(entry, deadline)
+
+    def _send(self, entry: Entry, vm: VmEntry, frame: bytes) -> None:
+        vm.requests += 1
+        self.actions.append(ToWorker(vm.identity, frame, entry.number))
+        if entry.frame:
+            self.inflight.sent(entry, vm.identity)
+        else:
+            entry.sent_to = vm.identity
+
+    def on_undeliverable(self, number: int, *, full: bool) -> None:
+        """The loop could not hand a request to its worker."""
+        entry = self.inflight.get(number)
+        if entry is None:
+            return
+        if full:
+            self.inflight.take(number)
+            self._answer_error(
+                entry, Busy(f"VM {entry.vm}: its worker does not keep up; try again later"), entry.received
+            )
+        else:
+            # The worker is gone, and its exit is about to be reported: what then happens to the entry is decided there.
+            entry.sent_to = entry.sent_to or b"?"
+
+    # -- from workers -------------------------------------------------------------------------------------------------------
+
+    def on_worker(self, identity: bytes, parts: list[bytes], now: float) -> None:
+        """A message at the worker door, without its identity frame."""
+        if len(parts) != 1 or len(parts[0]) < HEADER_BYTES or parts[0][:4] != MAGIC:
+            return self._drop("a worker sent something that is no native frame")
+        frame = parts[0]
+        _, kind, _, service_len, op_len, number, _, epoch, key_len, seq = HEADER.unpack_from(frame)
+        vm = self.roster.by_identity.get(identity)
+        if vm is not None:
+            vm.heard = now
+            vm.epoch, vm.seq = epoch, seq
+        if kind in _ANSWERS:
+            return self._on_answer(number, kind, frame)
+        body_at = HEADER_BYTES + service_len + op_len + key_len
+        if body_at > len(frame):
+            return self._drop("a worker sent a frame whose lengths do not fit")
+        if kind == Kind.EVENT:
+            service_end = HEADER_BYTES + service_len
+            topic = frame[HEADER_BYTES:service_end] + b"/" + frame[service_end : service_end + op_len]
+            self.actions.append(Publish(topic, frame[body_at:]))
+            return None
+        return self._on_status(identity, frame, now)
+
+    def _on_answer(self, number: int, kind: int, frame: bytes) -> None:
+        entry = self.inflight.get(number) if kind == _PARTIAL else self.inflight.take(number)
+        if entry is None:
+            return  # its caller's deadline has passed, or an earlier broker asked
+        if entry.envelope is None:
+            if entry.client:
+                self.actions.append(ToClient(entry.client, [with_id(frame, entry.client_id)]))
+            return
+        message = decode(frame)
+        if kind == _PARTIAL and entry.envelope.dialect is Dialect.V01:
+            return  # MDP/0.1 knows one answer only
+        self._reply_majordomo(entry, entry.envelope, message)
+
+    def _reply_majordomo(self, entry: Entry, envelope: Envelope, message: Message) -> None:
+        frames = build_reply(
+            envelope,
+            ok=message.kind is not Kind.ERROR,
+            body=message.body,
+            client_id=entry.client_id,
+            cursor=f"{message.epoch}.{message.seq}" if entry.vm is not None else None,
+            seconds=message.seconds,
+            final=message.kind is not Kind.PARTIAL,
+        )
+        self.actions.append(ToClient(entry.client, frames))
+
+    def _on_status(self, identity: bytes, frame: bytes, now: float) -> None:
+        try:
+            message = decode(frame)
+            name = vm_of_service(message.service)
+            status = unpack_map(message.body)
+        except BadRequest as error:
+            return self._drop(f"a worker's {frame[4]}: {error}")
+        if message.kind is Kind.HELLO:
+            return self._on_hello(identity, name, message, status, now)
+        vm = self.roster.by_identity.get(identity)
+        if vm is None or vm.name != name:
+            return self._drop(f"a worker that is not the one of VM {name} speaks for it")
+        self._take_status(vm, status)
+        if message.kind is Kind.BYE:
+            vm.worker.move(WorkerState.LEAVING, "goodbye")
+            vm.due = None
+        return self.on_vm_changed(vm, now)
+
+    def _take_status(self, vm: VmEntry, status: dict[str, Any]) -> None:
+        status["run"] = status.get("started") is not None
+        vm.status = status
+
+    def on_vm_changed(self, vm: VmEntry, now: float) -> None:
+        """A VM's status is new: whoever waits for its state; host.py puts its own function here."""
+        raise NotImplementedError
+
+    def _on_hello(self, identity: bytes, name: VmName, message: Message, status: dict[str, Any], now: float) -> None:
+        vm = self.roster.add(name)
+        pid, incarnation = _whole(status.get("worker_pid")), _whole(status.get("incarnation"))
+        if vm.worker.state is WorkerState.READY and incarnation < vm.incarnation:
+            log.warning("VM %s: an older worker (pid %d) still speaks; it is told to leave", name, pid)
+            self.actions.append(ToWorker(identity, _control("leave"), 0))
+            return
+        same = vm.worker_pid == pid and vm.incarnation == incarnation
+        if vm.worker_pid != pid:
+            self.actions.append(WatchWorker(name, pid, _whole(status.get("worker_started"))))
+        if not same and vm.incarnation:
+            vm.restarts += 1
+        vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None
+        vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
+        self._watches.discard(name)
+        inherited = status.pop("inherited", [])
+        self.roster.present(vm, identity)
+        vm.worker.move(WorkerState.READY, f"pid {pid}")
+        self._take_status(vm, status)
+        for entry in self.inflight.of_vm(name):
+            self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [])
+        self.on_vm_changed(vm, now)
+
+    def _settle_with_new_worker(self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object]) -> None:
+        """What becomes of a request when a worker presents itself: the same one, its successor, or the first."""
+        if entry.waits_for is not None:
+            return
+        if entry.sent_to is None:
+            self._send(entry, vm, entry.frame)
+        elif same or entry.number in inherited:
+            entry.sent_to = vm.identity
+        elif entry.reading and entry.frame:
+            self._send(entry, vm, entry.frame)
+        else:
+            self.inflight.take(entry.number)
+            text = f"VM {vm.name}: its worker died while it had '{entry.op}'; look at the VM before you repeat it"
+            self._answer_error(entry, OutcomeUnknown(text), entry.received)
+
+    # -- workers come and go ------------------------------------------------------------------------------------------------
+
+    def _make_worker(self, vm: VmEntry, now: float, why: str) -> None:
+        vm.worker.move(WorkerState.STARTING, why)
+        vm.due = now + self.settings.broker.worker_hello
+        self._watches.add(vm.name)
+        self.actions.append(Fork(vm.name))
+
+    def adopt(self, vm: VmEntry, now: float) -> None:
+        """Make a worker for a VM that a broker before this one left running, unless its worker presents itself first."""
+        vm.status["alive"] = True
+        if vm.worker.state is WorkerState.ABSENT:
+            self._make_worker(vm, now, "the VM was running")
+
+    def on_forked(self, name: VmName, pid: int) -> None:
+        """The zygote has made the worker; it will present itself."""
+        vm = self.roster.get(name)
+        if vm is not None and vm.worker.state is WorkerState.STARTING:
+            vm.worker_pid = pid
+
+    def on_not_forked(self, name: VmName, error: str, now: float) -> None:
+        """The zygote could not make one (no memory, no processes)."""
+        vm = self.roster.get(name)
+        if vm is not None and vm.worker.state is WorkerState.STARTING:
+            log.error("VM %s: no worker can be made: %s", name, error)
+            self._lost(vm, now, error)
+
+    def on_worker_exit(self, name: VmName, pid: int, now: float) -> None:
+        """A worker's pidfd says that it has ended."""
+        vm = self.roster.get(name)
+        if vm is None or vm.worker_pid != pid:
+            return
+        left = vm.worker.state is WorkerState.LEAVING
+        if counts_as_stable(now - vm.born, self.settings.restart):
+            vm.deaths = 0
+        self.roster.absent(vm)
+        if left:
+            self._left(vm, now)
+        else:
+            self.actions.append(
+                Publish(host_topic("WORKER_LOST"), pack({"vm": name, "event": "WORKER_LOST", "pid": pid}))
+            )
+            self._lost(vm, now, f"worker {pid} ended without a goodbye")
+
+    def _left(self, vm: VmEntry, now: float) -> None:
+        """A worker that had said goodbye is gone. Whatever was sent to it after that was never taken up, so it may go to the next one."""
+        vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
+        pending = [entry for entry in self.inflight.of_vm(vm.name) if entry.waits_for is None]
+        for entry in pending:
+            if entry.spawns or (entry.frame and vm.alive):
+                entry.sent_to = None
+            else:
+                self.inflight.take(entry.number)
+                self._answer_error(entry, NotRunning(f"VM {vm.name} does not run (it is {vm.state})"), entry.received)
+        waiting = any(entry.sent_to is None and entry.waits_for is None for entry in self.inflight.of_vm(vm.name))
+        if waiting or vm.alive:
+            self._make_worker(vm, now, "requests wait" if waiting else "the VM runs on")
+        elif vm.status.get("forget") or not vm.known:
+            self.forget(vm)
+
+    def _lost(self, vm: VmEntry, now: float, why: str) -> None:
+        vm.deaths += 1
+        waiting = any(entry.waits_for is None for entry in self.inflight.of_vm(vm.name))
+        if not vm.alive and not waiting:
+            vm.worker.move(WorkerState.ABSENT, why)
+            self._watches.discard(vm.name)
+            if not vm.known:
+                self.forget(vm)
+            return
+        vm.worker.move(WorkerState.LOST, why)
+        delay = delay_before_restart(vm.deaths, self.settings.restart)
+        if delay:
+            vm.due = now + delay
+            self._watches.add(vm.name)
+        else:
+            self._make_worker(vm, now, "at once")
+
+    def forget(self, vm: VmEntry) -> None:
+        """There is nothing behind this name any more."""
+        for entry in self.inflight.of_vm(vm.name):
+            self.inflight.take(entry.number)
+            self._answer_error(entry, NoSuchVm(f"VM {vm.name} is no more"), entry.received)
+        self._watches.discard(vm.name)
+        self.roster.remove(vm)
+        self.actions.append(Forget(vm.name))
+
+    def on_new_zygote(self) -> None:
+        """A zygote that holds nothing has taken the place of one that died: workers hand it their connections."""
+        for vm in self.roster:
+            if vm.worker.state is WorkerState.READY:
+                self.actions.append(ToWorker(vm.identity, _control("keep"), 0))
+
+    # -- time ---------------------------------------------------------------------------------------------------------------
+
+    def next_due(self) -> float | None:
+        """When `on_tick` has something to do; None: not by itself."""
+        if self._draining_until is not None and not len(self.inflight):
+            return 0.0
+        dues = [self.inflight.next_due(), self._draining_until]
+        dues += [vm.due for name in self._watches if (vm := self.roster.get(name)) is not None]
+        return min((due for due in dues if due is not None), default=None)
+
+    def on_tick(self, now: float) -> None:
+        """Deadlines of requests and of workers."""
+        for entry in self.inflight.take_due(now):
+            self._answer_error(entry, self._overdue(entry), now)
+        for name in tuple(self._watches):
+            vm = self.roster.get(name)
+            if vm is None or vm.due is None:
+                self._watches.discard(name)
+            elif vm.due <= now:
+                self._watches.discard(name)
+                if vm.worker.state is WorkerState.LOST:
+                    self._make_worker(vm, now, "its delay is over")
+                elif vm.worker.state is WorkerState.STARTING:
+                    log.error("VM %s: its worker has not presented itself in time; it is ended", name)
+                    self.actions.append(KillWorker(name))
+                    self.roster.absent(vm)
+                    self._lost(vm, now, "it never presented itself")
+        if self._draining_until is not None and (not len(self.inflight) or now >= self._draining_until):
+            self._end_drain(now)
+
+    def _overdue(self, entry: Entry) -> VmloopError:
+        vm = self.roster.get(entry.vm) if entry.vm is not None else None
+        if vm is None:
+            return DeadlineExceeded(f"{entry.op}: not done in time")
+        if entry.waits_for is not None:
+            return DeadlineExceeded(f"VM {vm.name} is {vm.state} ({vm.status.get('reason')}), not {entry.waits_for}")
+        if vm.worker.state is WorkerState.READY:
+            text = (
+                f"VM {vm.name}: its worker has not answered '{entry.op}' in time; what was begun may still take effect"
+            )
+            return DeadlineExceeded(text)
+        return DeadlineExceeded(f"VM {vm.name}: no worker for it came up in time (it is {vm.worker.state.value})")
+
+    # -- end ----------------------------------------------------------------------------------------------------------------
+
+    def drain(self, now: float) -> None:
+        """Take no more requests; finish when what is in flight is answered, or its time is over. VMs and workers run on."""
+        if self._draining_until is None:
+            self._draining_until = now + self.settings.broker.drain
+            for entry in self.inflight:
+                if entry.waits_for is not None:
+                    self.inflight.take(entry.number)
+                    self._answer_error(entry, Busy("the broker is going down; ask again when it is back"), now)
+
+    def _end_drain(self, now: float) -> None:
+        for entry in self.inflight:
+            self.inflight.take(entry.number)
+            text = f"'{entry.op}' was not answered before the broker went down"
+            error = (
+                WorkerLost(text) if entry.reading else OutcomeUnknown(text + "; look at the VM before you repeat it")
+            )
+            self._answer_error(entry, error, now)
+        self.finished = True
+
+    # -- answers ------------------------------------------------------------------------------------------------------------
+
+    def answer(self, entry: Entry, value: Any, now: float) -> None:
+        """Answer a request with a result."""
+        self._answer(entry, Kind.REPLY, pack(value), now)
+
+    def _answer_error(self, entry: Entry, error: VmloopError, now: float) -> None:
+        self._answer(entry, Kind.ERROR, pack(error.to_wire()), now)
+
+    def _answer(self, entry: Entry, kind: Kind, body: bytes, now: float) -> None:
+        vm = self.roster.get(entry.vm) if entry.vm is not None else None
+        message = Message(
+            kind=kind,
+            id=entry.client_id if entry.envelope is None else 0,
+            body=body,
+            seconds=max(0.0, now - entry.received),
+            epoch=vm.epoch if vm is not None else 0,
+            seq=vm.seq if vm is not None else 0,
+        )
+        if entry.envelope is not None:
+            self._reply_majordomo(entry, entry.envelope, message)
+        elif entry.client:
+            self.actions.append(ToClient(entry.client, [encode(message)]))
+
+    def _drop(self, why: str) -> None:
+        """The one place where a message that cannot be answered ends."""
+        self.dropped += 1
+        if self.dropped <= 10 or self.dropped % 1000 == 0:
+            log.warning("message dropped (%d so far): %s", self.dropped, why)
+
+
+def _checked_timeout(seconds: float) -> float:
+    """The timeout that holds: the default for 0. `BadRequest` for what is no time."""
+    if seconds == 0.0:
+        return DEFAULT_TIMEOUT
+    if not math.isfinite(seconds) or seconds < 0 or seconds > MAX_TIMEOUT:
+        raise BadRequest(f"timeout {seconds!r} is not within 0 and {MAX_TIMEOUT:g} seconds")
+    return seconds
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _control(op: str) -> bytes:
+    return encode(Message(kind=Kind.CONTROL, op=op))

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations of the host, and the two of a VM that the broker answers itself (show, wait). Completes core.py; used by __main__.py.
+
+Looking is free: list, show and stats come from the roster, the status pages and /proc, and never go to a worker or to QEMU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Final, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from .. import __version__
+from ..common.errors import AlreadyRunning, BadRequest, NoSuchVm
+from ..common.names import VmName, vm_name, vm_service
+from ..common.pack import pack, unpack_map
+from ..common.settings import Settings
+from ..common.states import VmState
+from ..common.wire import Kind, Message, decode, encode
+from .actions import EndZygote
+from .core import Core
+from .inflight import Entry
+from .roster import VmEntry
+
+PROTOCOL: Final = 1  # of the native wire
+# Ending all VMs: kill is immediate, a process that hangs in the kernel is not waited for longer.
+SHUTDOWN_SECONDS: Final = 30.0
+
+
+class Looker(Protocol):
+    """What the broker may look at without waiting: status pages and /proc. Implemented by looker.py."""
+
+    def blocked(self, name: VmName) -> float: ...
+    def process(self, pid: int | None) -> dict[str, Any] | None: ...
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No arguments."""
+
+
+class Named(msgspec.Struct, frozen=True):
+    """At least a name; the worker checks the rest."""
+
+    name: str
+
+
+class DefineArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    definition: dict[str, Any]
+
+
+class StatsArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    names: list[str] | None = None
+
+
+class ShutdownArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    vms: Annotated[str, msgspec.Meta(pattern="^(leave|kill)$")] = "leave"
+
+
+class WaitArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"state": "for"}):
+    state: str
+
+
+class Ask(NamedTuple):
+    """One request to the host: its entry, its frame, its timeout, and the time now."""
+
+    entry: Entry
+    frame: bytes
+    seconds: float
+    now: float
+
+
+A = TypeVar("A", bound=msgspec.Struct)
+
+
+class HostCore(Core):
+    """The core with its operations."""
+
+    def __init__(self, settings: Settings, first_number: int, looker: Looker, pid: int) -> None:
+        super().__init__(settings, first_number)
+        self._looker = looker
+        self._pid = pid
+        self._started = time.time()
+        self._ending: _Ending | None = None
+        self._operations: dict[str, Callable[[Ask], None]] = {
+            "ping": self._ping,
+            "version": self._version,
+            "list": self._list,
+            "stats": self._stats,
+            "define": self._define,
+            "undefine": self._undefine,
+            "start": self._start,
+            "attach": self._attach,
+            "shutdown": self._shutdown,
+        }
+
+    def on_host(self, entry: Entry, frame: bytes, seconds: float, now: float) -> None:
+        operation = self._operations.get(entry.op)
+        if operation is None:
+            there = ", ".join(sorted(self._operations))
+            raise BadRequest(f"the host has no operation {entry.op!r:.60}; there are: {there}")
+        self.inflight.require_room(entry.client, None)
+        operation(Ask(entry, frame, seconds, now))
+
+    def on_lookup(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
+        if entry.op == "show":
+            _arguments(entry.op, Nothing, frame)
+            entry.vm = vm.name
+            self.answer(entry, vm.details(now, self._looker.blocked(vm.name)), now)
+            return
+        wanted = _arguments(entry.op, WaitArguments, frame).state
+        if wanted not in (state.value for state in VmState):
+            raise BadRequest(
+                f"wait: {wanted!r:.60} is no state; there are: {', '.join(state.value for state in VmState)}"
+            )
+        entry.waits_for = wanted
+        self._enter(entry, vm, now + seconds)
+        self._answer_wait(entry, vm, now)
+
+    def on_vm_changed(self, vm: VmEntry, now: float) -> None:
+        for entry in self.inflight.of_vm(vm.name):
+            if entry.waits_for is not None:
+                self._answer_wait(entry, vm, now)
+
+        self._finish_shutdown_if_over(now)
+
+    def _answer_wait(self, entry: Entry, vm: VmEntry, now: float) -> None:
+        if vm.state == entry.waits_for:
+            self.inflight.take(entry.number)
+            self.answer(entry, {"state": vm.state, "reason": vm.status.get("reason"), "epoch": vm.epoch}, now)
+
+    # -- looking ------------------------------------------------------------------------------------------------------------
+
+    def _ping(self, ask: Ask) -> None:
+        _arguments(ask.entry.op, Nothing, ask.frame)
+        self.answer(ask.entry, {"time": time.time()}, ask.now)
+
+    def _version(self, ask: Ask) -> None:
+        _arguments(ask.entry.op, Nothing, ask.frame)
+        result = {"version": __version__, "protocol": PROTOCOL, "pid": self._pid, "started": self._started}
+        self.answer(ask.entry, result, ask.now)
+
+    def _list(self, ask: Ask) -> None:
+        _arguments(ask.entry.op, Nothing, ask.frame)
+        self.answer(
+            ask.entry, [vm.summary(ask.now, self._looker.blocked(vm.name)) for vm in self.roster if vm.known], ask.now
+        )
+
+    def _stats(self, ask: Ask) -> None:
+        names = _arguments(ask.entry.op, StatsArguments, ask.frame).names
+        vms = [vm for vm in self.roster if vm.known] if names is None else [self._require(name) for name in names]
+        self.answer(ask.entry, [self._figures(vm, ask.now) for vm in vms], ask.now)
+
+    def _figures(self, vm: VmEntry, now: float) -> dict[str, Any]:
+        pid = vm.status.get("pid")
+        return {
+            "name": vm.name,
+            "state": vm.state,
+            "epoch": vm.epoch,
+            "seq": vm.seq,
+            "age": None if vm.heard is None else round(now - vm.heard, 3),
+            "in_flight": self.inflight.count_of_vm(vm.name),
+            "requests": vm.requests,
+            "restarts": vm.restarts,
+            "qemu": self._looker.process(pid if isinstance(pid, int) else None),
+            "worker": self._looker.process(vm.worker_pid),
+        }
+
+    def _require(self, name: str) -> VmEntry:
+        vm = self.roster.get(vm_name(name))
+        if vm is None or not vm.known:
+            raise NoSuchVm(f"there is no VM {name!r}; 'vmloop list' shows all, 'vmloop define' makes one")
+        return vm
+
+    # -- what needs a worker ------------------------------------------------------------------------------------------------
+
+    def _define(self, ask: Ask) -> None:
+        name = _arguments(ask.entry.op, DefineArguments, ask.frame).definition.get("name")
+        self._through_worker(ask, self.roster.add(vm_name(name)))
+
+    def _undefine(self, ask: Ask) -> None:
+        self._through_worker(ask, self._require(_arguments(ask.entry.op, Named, ask.frame).name))
+
+    def _start(self, ask: Ask) -> None:
+        vm = self._require(_arguments(ask.entry.op, Named, ask.frame).name)
+        if vm.alive:
+            raise AlreadyRunning(f"VM {vm.name} is {vm.state} already")
+        self._through_worker(ask, vm)
+
+    def _attach(self, ask: Ask) -> None:
+        vm = self.roster.add(vm_name(_arguments(ask.entry.op, Named, ask.frame).name))
+        if vm.alive:
+            raise AlreadyRunning(f"VM {vm.name} is {vm.state} already; detach it first, or choose another name")
+        self._through_worker(ask, vm)
+
+    def _through_worker(self, ask: Ask, vm: VmEntry) -> None:
+        """Pass a request of the host to a VM's worker, which does everything that touches the VM's files and processes."""
+        ask.entry.spawns = True
+        message = decode(ask.frame)
+        passed = encode(msgspec.structs.replace(message, service=vm_service(vm.name)))
+        self.wait_for_worker(ask.entry, vm, passed, ask.seconds, ask.now)
+
+    # -- end ----------------------------------------------------------------------------------------------------------------
+
+    def _shutdown(self, ask: Ask) -> None:
+        how = _arguments(ask.entry.op, ShutdownArguments, ask.frame).vms
+        victims = [vm for vm in self.roster if vm.alive] if how == "kill" else []
+        if how == "kill":
+            self.actions.append(EndZygote())
+            self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
+        for vm in victims:
+            kill = Entry(0, b"", 0, None, None, "kill", False, ask.now)
+            frame_ = encode(Message(kind=Kind.REQUEST, service=vm_service(vm.name), op="kill", body=pack({})))
+            self.wait_for_worker(kill, vm, frame_, SHUTDOWN_SECONDS, ask.now)
+        self._ending = _Ending(ask.entry, how, len(victims))
+        self._finish_shutdown_if_over(ask.now)
+
+    def _finish_shutdown_if_over(self, now: float) -> None:
+        ending = self._ending
+        if ending is None or (ending.how == "kill" and any(vm.alive for vm in self.roster)):
+            return
+        self._ending = None
+        self.inflight.take(ending.entry.number)
+        count = ending.count if ending.how == "kill" else sum(vm.alive for vm in self.roster)
+        self.answer(ending.entry, {"vms": "killed" if ending.how == "kill" else "left running", "count": count}, now)
+        self.drain(now)
+
+
+class _Ending(msgspec.Struct, frozen=True):
+    """A shutdown under way."""
+
+    entry: Entry
+    how: str
+    count: int
+
+
+def _arguments(op: str, model: type[A], frame: bytes) -> A:
+    values = unpack_map(decode(frame).body)
+    try:
+        return msgspec.convert(values, model)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise BadRequest(f"{op}: {error}") from error

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the broker can see of a VM without asking anybody: its status page, and /proc for its processes. Used by host.py through loop.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common.names import VmName
+from ..common.page import Page, PageDamaged
+from ..common.paths import Paths
+
+
+class ProcLooker:
+    """Pages are mapped at the first look and kept; nothing here waits."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self._pages: dict[VmName, Page] = {}
+
+    def blocked(self, name: VmName) -> float:
+        """Seconds for which the worker's loop has been in one turn; 0.0 if it sleeps or has no page."""
+        page = self._pages.get(name)
+        if page is None:
+            try:
+                page = self._pages[name] = Page(self._paths.vm(name).page, writable=False)
+            except (OSError, PageDamaged):
+                return 0.0
+        seconds = page.blocked_seconds()
+        return seconds if seconds >= 0.1 else 0.0  # a loop at work is not held up
+
+    def process(self, pid: int | None) -> dict[str, Any] | None:
+        """CPU and memory of a process, None if it is gone."""
+        if pid is None:
+            return None
+        import psutil  # late: the broker's start does not wait for it
+
+        try:
+            process = psutil.Process(pid)
+            with process.oneshot():
+                cpu = process.cpu_times()
+                return {
+                    "pid": pid,
+                    "cpu_seconds": round(cpu.user + cpu.system, 2),
+                    "rss_bytes": process.memory_info().rss,
+                    "threads": process.num_threads(),
+                }
+        except psutil.Error:
+            return None
+
+    def forget(self, name: VmName) -> None:
+        """The VM is no more, or its worker is a new one with perhaps a new page."""
+        page = self._pages.pop(name, None)
+        if page is not None:
+            page.close()
+
+    def close(self) -> None:
+        for name in tuple(self._pages):
+            self.forget(name)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker's loop: the only place that waits. Reads sockets, exits and signals, hands them to the core, and does what the core decided.
+
+run():  while not core.finished:  poll → clients, workers, processes, signals, time → perform the core's actions
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+import zmq
+
+from ..common.names import VmName
+from ..common.sockets import ready_events
+from .actions import EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
+from .core import Core
+from .looker import ProcLooker
+from .spawner import Spawner
+
+log = logging.getLogger(__name__)
+
+# Messages taken from one socket before the others get their turn.
+BATCH: Final = 64
+# An idle broker wakes this often, against a lost wake-up and a clock that jumped while the machine slept.
+MAX_WAIT: Final = 60.0
+
+Socket = zmq.Socket[bytes]
+
+
+class Loop:
+    """One broker's loop. The sockets are bound by the caller, who also closes them."""
+
+    def __init__(self, core: Core, clients: Socket, workers: Socket, publisher: Socket, looker: ProcLooker) -> None:
+        self.undelivered = 0  # answers to clients that are gone or do not read
+        self._core = core
+        self._clients = clients
+        self._workers = workers
+        self._publisher = publisher
+        self._looker = looker
+        self._signals: deque[int] = deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._side = select.epoll()  # everything that is rare: signals, processes
+        self._poller = zmq.Poller()
+        self._spawner: Spawner | None = None
+
+    # -- start, run, stop ---------------------------------------------------------------------------------------------------
+
+    def use(self, spawner: Spawner) -> None:
+        """The process side; its callbacks are the `on_…` below."""
+        self._spawner = spawner
+        self._side.register(spawner.fileno(), select.EPOLLIN)
+
+    def run(self) -> None:
+        """Until the core is finished."""
+        self._catch_signals()
+        self._poller.register(self._clients, zmq.POLLIN)
+        self._poller.register(self._workers, zmq.POLLIN)
+        self._poller.register(self._side.fileno(), zmq.POLLIN)
+        self._perform()
+        while not self._core.finished:  # this is the broker's event loop
+            ready = dict(self._poller.poll(self._wait_ms()))
+            now = time.monotonic()
+            if self._clients in ready:
+                self._receive(self._clients, self._core.on_client, now)
+            if self._workers in ready:
+                self._receive(self._workers, self._core.on_worker, now)
+            if self._side.fileno() in ready:
+                self._turn_side(now)
+            due = self._core.next_due()
+            if due is not None and due <= now:
+                self._core.on_tick(now)
+            self._perform()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        self._side.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _wait_ms(self) -> int:
+        due = self._core.next_due()
+        if due is None:
+            return int(MAX_WAIT * 1000)
+        # Rounded up: waking a moment early would only spin.
+        return max(0, min(int(MAX_WAIT * 1000), int((due - time.monotonic()) * 1000) + 1))
+
+    # -- in -----------------------------------------------------------------------------------------------------------------
+
+    def _receive(self, source: Socket, handle: Callable[[bytes, list[bytes], float], None], now: float) -> None:
+        for _ in range(BATCH):
+            identity = source.recv(zmq.NOBLOCK)
+            parts = [source.recv()]
+            while source.getsockopt(zmq.RCVMORE):
+                parts.append(source.recv())
+            try:
+                handle(identity, parts, now)
+            except Exception:  # the edge of the loop: a defect costs one message, not the broker
+                log.exception("a message of %d frames could not be dealt with", len(parts))
+            if self._core.actions:
+                self._perform()
+            if not ready_events(source) & zmq.POLLIN:
+                return
+
+    def _turn_side(self, now: float) -> None:
+        for fd, _ in self._side.poll(0):
+            if fd == self._wake_read.fileno():
+                self._wake_read.recv(4096)
+                while self._signals:
+                    self._on_signal(self._signals.popleft(), now)
+            elif self._spawner is not None:
+                self._spawner.turn()
+
+    def _on_signal(self, number: int, now: float) -> None:
+        log.info("%s: answering what is in flight, then ending; VMs and workers run on", signal.Signals(number).name)
+        self._core.drain(now)
+
+    def on_forked(self, name: VmName, pid: int) -> None:
+        self._core.on_forked(name, pid)
+
+    def on_not_forked(self, name: VmName, error: str) -> None:
+        self._core.on_not_forked(name, error, time.monotonic())
+
+    def on_exit(self, name: VmName, pid: int) -> None:
+        self._looker.forget(name)
+        self._core.on_worker_exit(name, pid, time.monotonic())
+
+    def on_new_zygote(self) -> None:
+        self._core.on_new_zygote()
+
+    # -- out ----------------------------------------------------------------------------------------------------------------
+
+    def _perform(self) -> None:
+        """Do what the core decided, in order. Doing may lead to more."""
+        while self._core.actions:
+            actions, self._core.actions = self._core.actions, []
+            for action in actions:
+                if type(action) is ToClient:
+                    self._send_to_client(action)
+                elif type(action) is ToWorker:
+                    self._send_to_worker(action)
+                elif type(action) is Publish:
+                    self._publisher.send_multipart([action.topic, action.body], zmq.NOBLOCK)
+                else:
+                    self._act_on_process(action)
+
+    def _send_to_client(self, action: ToClient) -> None:
+        try:
+            self._clients.send(action.identity, zmq.NOBLOCK | zmq.SNDMORE)
+            *first, last = action.frames
+            for frame in first:
+                self._clients.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
+            self._clients.send(last, zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # gone, or it does not read what it asked for
+            self.undelivered += 1
+            if self.undelivered <= 10 or self.undelivered % 1000 == 0:
+                log.warning("an answer could not be delivered (%d so far): %s", self.undelivered, error)
+
+    def _send_to_worker(self, action: ToWorker) -> None:
+        try:
+            self._workers.send(action.identity, zmq.NOBLOCK | zmq.SNDMORE)
+            self._workers.send(action.frame, zmq.NOBLOCK)
+        except zmq.Again:
+            self._core.on_undeliverable(action.number, full=True)
+        except zmq.ZMQError as error:
+            log.info("a worker is not there any more: %s", error)
+            self._core.on_undeliverable(action.number, full=False)
+
+    def _act_on_process(self, action: Any) -> None:
+        assert self._spawner is not None
+        match action:
+            case Fork(name):
+                self._spawner.fork(name)
+            case KillWorker(name):
+                self._spawner.kill(name)
+            case WatchWorker(name, pid, _):
+                self._looker.forget(name)
+                self._spawner.watch(name, pid)
+            case Forget(name):
+                self._looker.forget(name)
+            case EndZygote():
+                self._spawner.end_zygote()
+
+    # -- signals ------------------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        """Handlers only enqueue; the loop is woken through a socket."""
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._side.register(self._wake_read.fileno(), select.EPOLLIN)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._enqueue)
+
+    def _enqueue(self, number: int, _: FrameType | None) -> None:
+        self._signals.append(number)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of events: what to hand out, what to fetch, what is lost. No sockets: subscription.py (blocking) and aio_events.py wait.
+
+PUB is a doorbell that may drop; the worker that keeps the events is the truth. So a stream
+  1. subscribes,
+  2. asks the broker how far each VM is (its position), or takes the caller's cursor,
+  3. fetches what lies between through the op `events`, a page at a time,
+  4. follows PUB: an event at or before the position is a repetition and dropped, the next one is handed out, a jump is fetched first,
+  5. asks the broker now and then how far each VM is, in case the last message before a silence was the one that PUB dropped.
+What nobody has any more becomes one event EVENTS_LOST that says the span.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from ..common.cursor import Cursor, parse_cursor
+from ..common.errors import BadRequest, NotRunning, VmloopError, WorkerLost
+from ..common.names import VmName, host_topic, vm_name, vm_service, vm_topic
+from ..common.pack import unpack
+from . import requests
+from .results import VmStats, VmSummary
+
+log = logging.getLogger(__name__)
+
+EVENTS_LOST: Final = "EVENTS_LOST"
+
+# Events per request to a worker: bounds memory here and the time a lane is held.
+PAGE: Final = 500
+# Messages taken from the socket at once.
+BATCH: Final = 100
+# Seconds between questions how far the VMs are: soon after subscribing, because PUB knows a subscriber only a moment later.
+FIRST_CHECK: Final = 0.1
+MAX_CHECK: Final = 5.0
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One event. `time` is in microseconds since 1970; `vm` is empty for an event of the host."""
+
+    event: str
+    vm: str = ""
+    epoch: int = 0
+    seq: int = 0
+    time: int = 0
+    data: Any = None
+    origin: str = ""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Just after this event."""
+        return Cursor(self.epoch, self.seq)
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """What a stream wants its shell to ask the worker for."""
+
+    vm: VmName
+    since: Cursor
+
+    def request(self) -> requests.Request[Any]:
+        return requests.events(vm_service(self.vm), str(self.since), PAGE)
+
+
+def event_from(value: object) -> Event | None:
+    """The event in an unpacked body; None, with a log line, if it is none."""
+    try:
+        return msgspec.convert(value, Event)
+    except msgspec.ValidationError as error:
+        log.warning("dropped what is no event: %s", error)
+        return None
+
+
+def numbered(event: Event) -> bool:
+    """Whether it has a place in a VM's stream; the broker's own have none."""
+    return bool(event.vm) and event.seq > 0
+
+
+def lost(vm: str, after: Cursor, last: Cursor) -> Event:
+    """The event that stands for those after a cursor up to `last`, which nobody has any more."""
+    data: dict[str, Any] = {"after": str(after), "last": str(last)}
+    if after.epoch == last.epoch:
+        data["count"] = last.seq - after.seq
+    return Event(EVENTS_LOST, vm, last.epoch, last.seq, time.time_ns() // 1000, data, "vmloop")
+
+
+class Stream:
+    """The order of events of some VMs, of all if `names` is empty.
+
+    The shell asks `step()`: an Event to hand out, a Fetch to answer by `fetched` or `fetch_failed`, or None: nothing to do, listen to PUB.
+    """
+
+    def __init__(self, names: tuple[VmName, ...]) -> None:
+        self._names = frozenset(names)
+        self._position: dict[str, Cursor] = {}
+        self._ready: deque[Event] = deque()  # to hand out
+        self._inbox: deque[Event] = deque()  # from PUB, in its order; at most one batch
+        self._replays: dict[VmName, None] = {}  # VMs whose kept events come first
+        self._targets: dict[str, Cursor] = {}  # how far the broker said that VMs are
+        self._fetching: VmName | None = None
+        self._waiting: Event | None = None  # the event of the inbox for whose sake something is fetched
+        self.check_wanted = False  # ask the broker at once: something does not fit
+
+    # -- told by the shell -----------------------------------------------------------------------------------------------
+
+    def begin(self, positions: Mapping[str, Cursor]) -> None:
+        """Events up to these are not wanted. A VM that is not there has had none."""
+        self._position.update(positions)
+
+    def replay(self, name: VmName, since: Cursor) -> None:
+        """Fetch what is kept of a VM's events after a cursor before anything else."""
+        self._position[name] = since
+        self._replays[name] = None
+
+    def arrived(self, body: bytes) -> None:
+        """A message from PUB."""
+        try:
+            event = event_from(unpack(body))
+        except BadRequest as error:
+            log.warning("dropped a malformed event: %s", error)
+            return
+        if event is not None and (not self._names or event.vm in self._names):
+            self._inbox.append(event)
+
+    def known(self, cursors: Mapping[str, Cursor]) -> None:
+        """How far the broker says that the VMs are."""
+        self._targets.update((vm, cursor) for vm, cursor in cursors.items() if not self._names or vm in self._names)
+
+    def fetched(self, parts: list[Any]) -> None:
+        """A page of what was fetched."""
+        vm = self._fetching
+        if vm is None:
+            return
+        before = self._position.get(vm)
+        for part in parts:
+            event = event_from(part)
+            if event is not None and event.vm == vm:
+                self._accept(event)
+        if len(parts) < PAGE or self._position.get(vm) == before:
+            self._end_fetch(vm, answered=True)
+
+    def fetch_failed(self, error: VmloopError) -> None:
+        """The worker could not be asked."""
+        vm, self._fetching = self._fetching, None
+        log.log(logging.DEBUG if self.replaying else logging.WARNING, "no events of %s could be fetched: %s", vm, error)
+        if vm is not None:
+            self._end_fetch(vm, answered=False)
+
+    def refuses(self, fetch: Fetch, error: VmloopError) -> bool:
+        """Whether a failed fetch ends the stream: the caller asked for that VM's past, and it is not just that nobody keeps it."""
+        return self.replaying and fetch.vm in self._names and not isinstance(error, (NotRunning, WorkerLost))
+
+    @property
+    def replaying(self) -> bool:
+        """Whether what is fetched now, or next, is what the caller asked to begin with."""
+        return bool(self._replays)
+
+    # -- what is next ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> Event | Fetch | None:
+        while not self._ready:
+            if self._fetching is None and not self._choose_fetch():
+                return None
+            if self._fetching is not None and not self._ready:
+                return Fetch(self._fetching, self._position.get(self._fetching, Cursor(0, 0)))
+        return self._ready.popleft()
+
+    def _choose_fetch(self) -> bool:
+        """Move on: begin a fetch or take from the inbox. False if there is nothing to do."""
+        if self._replays:
+            self._fetching = next(iter(self._replays))
+        elif self._inbox:
+            event = self._inbox[0]
+            if numbered(event) and event is not self._waiting and self._gap_before(event):
+                self._waiting = event
+                self._fetching = vm_name(event.vm)
+            else:
+                self._inbox.popleft()
+                self._waiting = None
+                self._accept(event)
+        elif self._targets:
+            vm, target = next(iter(self._targets.items()))
+            if self._behind(vm, target):
+                self._fetching = vm_name(vm)
+            else:
+                del self._targets[vm]
+        else:
+            return False
+        return True
+
+    def _end_fetch(self, vm: VmName, answered: bool) -> None:
+        self._fetching = None
+        self._replays.pop(vm, None)
+        target = self._targets.pop(vm, None)
+        if not answered or target is None or self._waiting is not None:
+            return  # a failed look after a silence is repeated by the next one
+        position = self._position.get(vm)
+        if position is not None and position < target:
+            self._ready.append(lost(vm, position, target))
+            self._position[vm] = target
+
+    # -- the order -------------------------------------------------------------------------------------------------------
+
+    def _gap_before(self, event: Event) -> bool:
+        """Whether something may lie between the position and this event. At the beginning of a new run: the end of the last one."""
+        position = self._position.setdefault(event.vm, Cursor(event.epoch, 0))
+        if event.epoch == position.epoch:
+            return event.seq > position.seq + 1
+        if event.epoch < position.epoch:
+            self.check_wanted = True  # very late, or of a VM that was undefined and made anew
+        return event.epoch > position.epoch
+
+    def _behind(self, vm: str, target: Cursor) -> bool:
+        position = self._position.get(vm)
+        if position is None or target.epoch < position.epoch:  # unseen, or undefined and made anew
+            position = self._position[vm] = Cursor(target.epoch, 0)
+        return target > position
+
+    def _accept(self, event: Event) -> None:
+        """Hand out an event in its place: not twice, and with what is missing before it marked."""
+        if not numbered(event):
+            self._ready.append(event)
+            return
+        position = self._position.get(event.vm, Cursor(event.epoch, 0))
+        if event.cursor <= position:
+            return
+        in_run = position if position.epoch == event.epoch else Cursor(event.epoch, 0)
+        # From the start of all time there is no knowing what was: not before the first event that is still kept.
+        if event.seq > in_run.seq + 1 and position != Cursor(0, 0):
+            self._ready.append(lost(event.vm, position, Cursor(event.epoch, event.seq - 1)))
+        self._position[event.vm] = event.cursor
+        self._ready.append(event)
+
+
+def positions_of(entries: list[VmSummary] | list[VmStats]) -> dict[str, Cursor]:
+    """How far the VMs in an answer of the broker are."""
+    return {entry.name: Cursor(entry.epoch, entry.seq) for entry in entries}
+
+
+def checked_interest(names: tuple[str, ...], since: Cursor | str | None) -> tuple[tuple[VmName, ...], Cursor | None]:
+    """The arguments of `events`, checked: a cursor belongs to one VM."""
+    checked = tuple(vm_name(name) for name in names)
+    if since is not None and len(checked) != 1:
+        raise BadRequest("since is a cursor of one VM: name that VM")
+    return checked, parse_cursor(since) if isinstance(since, str) else since
+
+
+def topics_of(names: tuple[VmName, ...]) -> list[bytes]:
+    """What to subscribe to."""
+    return [vm_topic(name) for name in names] if names else [b"vm/", host_topic()]
+
+
+def begin(
+    stream: Stream, names: tuple[VmName, ...], since: Cursor | None, recent: bool, known: dict[str, Cursor]
+) -> None:
+    """Set a new stream to where its caller wants it to begin. `known`: how far the VMs are now."""
+    stream.begin({name: cursor for name, cursor in known.items() if not names or name in names})
+    if since is not None:
+        stream.replay(names[0], since)
+    elif recent:
+        for name in names or [vm_name(name) for name in known]:
+            stream.replay(name, Cursor(0, 0))

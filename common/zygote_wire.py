@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packets on run/zygote.sock: a SOCK_SEQPACKET unix socket, one msgpack map a packet, fds beside it (SCM_RIGHTS).
+
+    broker → zygote    Fork, Quit                    zygote → broker    Forked (with the worker's pidfd), Exited, NotForked
+    worker → zygote    Keep (with the fd), Drop
+
+Used by broker/spawner.py, broker/zygote.py and worker/keeper.py.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from typing import Final
+
+import msgspec
+
+from .errors import BadRequest
+
+MAX_PACKET_BYTES: Final = 256 * 1024  # a Fork carries the settings; still far below the socket's buffer
+MAX_FDS: Final = 4
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Make a worker for a VM; it inherits the fds that are kept for it."""
+
+    vm: str
+    spec: bytes  # msgpack of worker.entry.WorkerSpec
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """The worker runs; its pidfd comes beside the packet."""
+
+    vm: str
+    pid: int
+
+
+class NotForked(msgspec.Struct, frozen=True, tag=True):
+    """No worker was made."""
+
+    vm: str
+    error: str
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    """A child has ended: a worker (`vm` is set), or a QEMU that its worker left as an orphan. `status`: negative is a signal."""
+
+    pid: int
+    status: int
+    vm: str = ""
+
+
+class Keep(msgspec.Struct, frozen=True, tag=True):
+    """Hold this connection of a VM, in a slot (`monitor` or `agent`)."""
+
+    vm: str
+    slot: str
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Close what is kept for a VM."""
+
+    vm: str
+
+
+class Quit(msgspec.Struct, frozen=True, tag=True):
+    """End, once the last worker has ended."""
+
+
+Packet = Fork | Forked | NotForked | Exited | Keep | Drop | Quit
+
+_decoder = msgspec.msgpack.Decoder(Packet)
+
+
+def send_packet(connection: socket.socket, packet: Packet, fds: list[int] | None = None) -> None:
+    """Send one packet. Raises OSError, BlockingIOError included when the socket is non-blocking and full."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    connection.sendmsg([msgspec.msgpack.encode(packet)], rights)
+
+
+def receive_packet(connection: socket.socket) -> tuple[Packet | None, list[int]]:
+    """One packet and the fds beside it, which are the caller's to close; (None, []) at the end of the connection.
+
+    Raises `BadRequest` for a packet that cannot be read (its fds are closed), OSError for the socket's own errors.
+    """
+    data, fds, flags, _ = socket.recv_fds(connection, MAX_PACKET_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        _close(fds)
+        return None, []
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        _close(fds)
+        raise BadRequest("a packet on the zygote's socket is too large")
+    try:
+        return _decoder.decode(data), list(fds)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        _close(fds)
+        raise BadRequest(f"a packet on the zygote's socket makes no sense: {error}") from error
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        socket.close(fd)

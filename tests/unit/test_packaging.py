@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it is installed: its list of packages, its version, its files for operators, its change log."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.metadata
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmloop
+
+ROOT = Path(vmloop.__file__).parent
+NO_PACKAGES = {"tests", "docs", "deploy", "build", "dist"}
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def folders_with_code() -> set[str]:
+    found = {"vmloop"}
+    for top in ROOT.iterdir():
+        if top.is_dir() and top.name not in NO_PACKAGES and not top.name.startswith("."):
+            found |= {
+                ".".join(["vmloop", *file.parent.relative_to(ROOT).parts])
+                for file in top.rglob("*.py")
+                if "__pycache__" not in file.parts
+            }
+    return found
+
+
+def test_the_list_of_packages_equals_the_folders() -> None:
+    listed = pyproject()["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(set(listed))
+    assert set(listed) == folders_with_code()
+
+
+def test_every_package_has_an_init() -> None:
+    for package in folders_with_code():
+        assert (ROOT / Path(*package.split(".")[1:]) / "__init__.py").is_file(), package
+
+
+def test_the_installed_version_is_the_one_in_the_source() -> None:
+    assert importlib.metadata.version("vmloop") == vmloop.__version__
+
+
+def test_the_python_version_is_said_alike_everywhere() -> None:
+    project = pyproject()
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert project["tool"]["ruff"]["target-version"] == "py311"
+    assert project["tool"]["mypy"]["python_version"] == "3.11"
+
+
+def test_the_types_are_shipped() -> None:
+    assert (ROOT / "py.typed").is_file()
+    assert pyproject()["tool"]["setuptools"]["package-data"]["vmloop"] == ["py.typed"]
+
+
+def test_the_change_log_begins_with_what_is_not_released() -> None:
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings[0] == "## Unreleased"
+
+
+def test_the_license_is_the_one_named() -> None:
+    assert pyproject()["project"]["license"] == {"text": "Apache-2.0"}
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+@pytest.mark.parametrize("script", ["deploy/bootstrap", ".ci/run"])
+def test_scripts_can_be_run_and_parsed(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True, timeout=30)
+
+
+def test_bootstrap_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run(
+        [ROOT / "deploy/bootstrap", "--strcit"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
+def test_bootstrap_elsewhere_says_what_is_needed_and_fails_only_when_strict(tmp_path: Path) -> None:
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    for arguments, code in (([], 0), (["--strict"], 1)):
+        done = subprocess.run(
+            ["/bin/bash", ROOT / "deploy/bootstrap", *arguments],
+            env={"PATH": str(tmp_path)},  # no apt-get, no dpkg-query
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == code
+        assert "qemu-system-x86" in done.stderr
+
+
+def test_the_service_unit_lets_workers_and_vms_outlive_the_broker() -> None:
+    unit = configparser.ConfigParser(strict=True, interpolation=None, delimiters=("=",))
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string((ROOT / "deploy/vmloop.service").read_text())
+    service = unit["Service"]
+    assert service["ExecStart"] == "vmloop broker"
+    assert service["Type"] == "notify"
+    assert service["KillMode"] == "process"
+    assert service["Restart"] == "always"
+    assert service["RuntimeDirectoryPreserve"] == "yes"
+    assert service["RuntimeDirectoryMode"] == service["StateDirectoryMode"] == "0700"
+    assert service["OOMPolicy"] == "continue"

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker of one VM: puts loop, link, VM and verbs together. Made and run by entry.py.
+
+start: lock the VM, open its page, go on with a run that is left, present itself to the broker
+run:   requests come in (on_frame), go to their verb, answers go out; events and states go out as they happen
+stop:  the run is over, or nothing has come for a while: say goodbye, with everything answered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from .. import __version__
+from ..common.errors import BadRequest, DeadlineExceeded, Internal, NotRunning, TooLarge, VmloopError
+from ..common.names import VmName, vm_service
+from ..common.pack import MAX_MESSAGE_BYTES, pack
+from ..common.page import Page, Word
+from ..common.paths import Paths
+from ..common.settings import Settings
+from ..common.sockets import ipc
+from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode
+from .answers import Answers
+from .events import EventLog
+from .keeper import Keeper
+from .link import Link
+from .order import Order
+from .qmp.ledger import Owed
+from .qmp.session import Done
+from .verbs.monitor import HmpArguments, QmpArguments
+from .verbs.request import Lane, Request, Verb, parse_arguments
+from .verbs.table import VERBS
+from .vm import Vm
+
+log = logging.getLogger(__name__)
+
+PROTOCOL: Final = 1  # between broker and worker
+# A worker that was made for a request and got none: the broker that asked for it is gone.
+IDLE_SECONDS: Final = 10.0
+# Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
+LAST_ANSWERS_SECONDS: Final = 2.0
+
+
+class App:
+    """One worker."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        name: VmName,
+        paths: Paths,
+        settings: Settings,
+        page: Page,
+    ) -> None:
+        self.loop = loop
+        self.name = name
+        self.paths = paths.vm(name)
+        self.order = Order(loop)
+        self.forget = False  # the broker shall not know the VM any more
+        self._page = page
+        self._service = vm_service(name)
+        self._answers = Answers()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._inherited: list[int] = []
+        self._status_due = False
+        self._ask_to_leave = asyncio.Event()
+        self._last_request = loop.time()
+        self._keeper = Keeper(paths.zygote_socket, name)
+        self.events = EventLog(name, page, self._publish, settings.worker.recent_events)
+        self.vm = Vm(
+            loop,
+            name,
+            self.paths,
+            settings.worker,
+            page,
+            self.events,
+            self._keeper,
+            self._status_soon,
+            self._inherit,
+        )
+        self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
+
+    # -- start, run, stop ---------------------------------------------------------------------------------------------------
+
+    async def run(self, kept: socket.socket | None) -> None:
+        """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
+        if self.vm.alive:
+            self._tell_of_predecessor()
+            await self.vm.resume(kept)
+        elif kept is not None:
+            kept.close()
+        await self._until_over()
+        await self._answer_last()
+        self._link.send(self._status(Kind.BYE))
+        self._link.close()
+        self._keeper.close()
+
+    async def _until_over(self) -> None:
+        over = self.loop.create_task(self.vm.gone.wait())
+        leave = self.loop.create_task(self._ask_to_leave.wait())
+        try:
+            while not over.done() and not leave.done():
+                await asyncio.wait({over, leave}, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                idle = self.loop.time() - self._last_request >= IDLE_SECONDS and not self._tasks
+                if idle and not self.vm.alive:
+                    break
+        finally:
+            over.cancel()
+            leave.cancel()
+        if leave.done() and not self.vm.gone.is_set():
+            self.vm.leave()
+
+    async def _answer_last(self) -> None:
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=LAST_ANSWERS_SECONDS)
+            for task in late:
+                task.cancel()
+
+    def _tell_of_predecessor(self) -> None:
+        incarnation = self._page.words[Word.INCARNATION]
+        if incarnation > 1:
+            self.events.emit("WORKER_LOST", {"incarnation": incarnation - 1})
+        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
+
+    # -- what comes from the broker -------------------------------------------------------------------------------------------
+
+    def _on_frame(self, frame: bytes) -> None:
+        try:
+            message = decode(frame)
+        except BadFrame as error:
+            log.warning("a frame from the broker makes no sense: %s", error)
+            return
+        if message.kind is Kind.REQUEST:
+            self._on_request(message)
+        elif message.kind is Kind.CONTROL and message.op == "keep":
+            self._keeper.keep_again()
+        elif message.kind is Kind.CONTROL and message.op == "leave":
+            self.leave()
+        else:
+            log.warning("the broker sent %s %r, which no worker takes", message.kind.name, message.op)
+
+    def _on_request(self, message: Message) -> None:
+        now = self._last_request = self.loop.time()
+        request = Request(
+            number=message.id,
+            op=message.op,
+            deadline=now + message.seconds,
+            received=now,
+            reading=message.reading,
+            key=message.key,
+            partial=lambda part: self._reply(message.id, Kind.PARTIAL, pack(part), now),
+        )
+        try:
+            verb = VERBS.get(message.op)
+            if verb is None:
+                raise BadRequest(f"a VM has no operation {message.op!r:.60}; there are: {', '.join(sorted(VERBS))}")
+            arguments = parse_arguments(message.op, verb.arguments, message.body)
+        except BadRequest as error:
+            self._finish(request, None, error)
+            return
+        if request.key and not self._first_of_its_key(request):
+            return
+        if verb.direct is not None:
+            self._run_direct(verb, request, arguments)
+        else:
+            self._spawn(self._run_verb(verb, request, arguments))
+
+    def _first_of_its_key(self, request: Request) -> bool:
+        known = self._answers.known(request.key)
+        if known is not None:
+            self._reply(request.number, Kind(known[0]), known[1], request.received)
+            return False
+        return self._answers.begin(request.key, request.number)
+
+    def _run_direct(self, verb: Verb, request: Request, arguments: Any) -> None:
+        """The short way for qmp and hmp: no task if nothing is in the way."""
+        assert verb.direct is not None
+        if _beside_others(request, arguments):
+            request = msgspec.structs.replace(request, reading=True) if not arguments.oob else request
+            verb.direct(self, request, arguments, lambda value, error: self._finish(request, value, error))
+        elif self.order.try_take(request.op):
+
+            def done(value: Any, error: VmloopError | None) -> None:
+                self._finish(request, value, error)
+                self.order.release()
+
+            verb.direct(self, request, arguments, done)
+        else:
+            self._spawn(self._run_direct_in_turn(verb, request, arguments))
+
+    async def _run_direct_in_turn(self, verb: Verb, request: Request, arguments: Any) -> None:
+        assert verb.direct is not None
+        answered = asyncio.Event()
+
+        def done(value: Any, error: VmloopError | None) -> None:
+            self._finish(request, value, error)
+            answered.set()
+
+        try:
+            async with self.order.turn(request.op, request.deadline):
+                verb.direct(self, request, arguments, done)
+                await answered.wait()  # the session answers by the deadline at the latest
+        except VmloopError as error:
+            self._finish(request, None, error)
+
+    async def _run_verb(self, verb: Verb, request: Request, arguments: Any) -> None:
+        assert verb.run is not None
+        try:
+            async with asyncio.timeout_at(request.deadline):
+                if verb.lane is Lane.TURN:
+                    async with self.order.turn(request.op, request.deadline):
+                        result = await verb.run(self, request, arguments)
+                else:
+                    result = await verb.run(self, request, arguments)
+        except VmloopError as error:
+            self._finish(request, None, error)
+        except TimeoutError:
+            text = f"VM {self.name}: {request.op} has not ended in time; what was begun may still take effect"
+            self._finish(request, None, DeadlineExceeded(text))
+        except asyncio.CancelledError:
+            self._finish(request, None, NotRunning(f"VM {self.name}: the worker ends; {request.op} was given up"))
+            raise
+        except Exception as error:  # the edge of every verb: a defect costs this request, not the VM's worker
+            log.exception("VM %s: %s (request %d) failed", self.name, request.op, request.number)
+            text = f"VM {self.name}: {request.op}: {type(error).__name__}: {error}; see {self.paths.worker_log}"
+            self._finish(request, None, Internal(text))
+        else:
+            self._finish(request, result, None)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _inherit(self, owed: Owed) -> Done | None:
+        """A command that an earlier worker sent and QEMU still owes: its answer goes to whoever asked."""
+        if not owed.request:
+            return None
+        self._inherited.append(owed.request)
+        request = Request(owed.request, "qmp", owed.deadline, self.loop.time(), owed.reading, owed.key, _no_parts)
+        if owed.key:
+            self._answers.begin(owed.key, owed.request)
+        return lambda value, error: self._finish(request, value, error)
+
+    # -- what goes to the broker ----------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """End this worker and leave the VM as it is (SIGTERM, or the broker's wish)."""
+        self._ask_to_leave.set()
+
+    def log_info(self, text: str) -> None:
+        log.info("VM %s: %s", self.name, text)
+
+    def send_status(self) -> None:
+        """Tell the broker what is known of the VM now."""
+        self._status_due = False
+        self._link.send(self._status(Kind.STATUS))
+
+    def _finish(self, request: Request, value: Any, error: VmloopError | None) -> None:
+        """Answer a request: once, with a result or an error."""
+        kind = Kind.REPLY if error is None else Kind.ERROR
+        try:
+            body = pack(value) if error is None else pack(error.to_wire())
+        except (TypeError, ValueError, RecursionError) as failure:
+            kind, body = Kind.ERROR, pack(Internal(f"{request.op}: the result cannot be sent: {failure}").to_wire())
+        if len(body) + HEADER_BYTES > MAX_MESSAGE_BYTES:
+            text = (
+                f"{request.op}: the result has {len(body)} bytes, a message {MAX_MESSAGE_BYTES} at most; ask for less"
+            )
+            kind, body = Kind.ERROR, pack(TooLarge(text, limit=MAX_MESSAGE_BYTES).to_wire())
+        numbers = self._answers.finish(request.key, kind, body) if request.key else [request.number]
+        for number in numbers or [request.number]:
+            self._reply(number, kind, body, request.received)
+
+    def _reply(self, number: int, kind: Kind, body: bytes, received: float) -> None:
+        cursor = self.events.cursor
+        self._link.send(
+            encode(
+                Message(
+                    kind=kind,
+                    id=number,
+                    body=body,
+                    seconds=self.loop.time() - received,
+                    epoch=cursor.epoch,
+                    seq=cursor.seq,
+                )
+            )
+        )
+
+    def _publish(self, frame: bytes) -> None:
+        self._link.send(frame)
+
+    def _status_soon(self) -> None:
+        """Several changes in one turn of the loop become one status message."""
+        if not self._status_due:
+            self._status_due = True
+            self.loop.call_soon(self._send_status_if_due)
+
+    def _send_status_if_due(self) -> None:
+        if self._status_due:
+            self.send_status()
+
+    def _hello(self) -> bytes:
+        return self._status(Kind.HELLO)
+
+    def _status(self, kind: Kind) -> bytes:
+        """HELLO, STATUS and BYE carry the same map; docs/protocol.md lists it."""
+        vm = self.vm
+        run = vm.run
+        session = vm.session
+        body = {
+            "protocol": PROTOCOL,
+            "version": __version__,
+            "worker_pid": os.getpid(),
+            "worker_started": self._page.words[Word.WORKER_STARTED],
+            "incarnation": self._page.words[Word.INCARNATION],
+            "inherited": self._inherited if kind is Kind.HELLO else [],
+            "forget": self.forget,
+            "defined": self.paths.definition.exists(),
+            "state": vm.state.state.value,
+            "reason": vm.state.reason,
+            "since": vm.since,
+            "monitor": vm.monitor.state.value,
+            "agent": "absent",
+            "pid": vm.process.pid if vm.process is not None else None,
+            "alive": vm.alive,
+            "started": run.started if run is not None else None,
+            "attached": run is not None and not run.launched and vm.alive,
+            "binary": run.binary if run is not None else None,
+            "argv": run.argv if run is not None else None,
+            "definition": run.definition if run is not None else None,
+            "qmp": {
+                "version": run.qemu_version if run is not None else None,
+                "path": run.monitor if run is not None else None,
+                "oob": session.oob if session is not None else False,
+                "in_flight": session.in_flight if session is not None else 0,
+                "queued": session.queued if session is not None else 0,
+                "garbled": session.garbled if session is not None else 0,
+            },
+            "sent": time.time(),
+        }
+        cursor = self.events.cursor
+        return encode(Message(kind=kind, service=self._service, body=pack(body), epoch=cursor.epoch, seq=cursor.seq))
+
+
+def _beside_others(request: Request, arguments: Any) -> bool:
+    """Whether a monitor command may run beside mutating ones: it only reads, or it goes out of band."""
+    if request.reading:
+        return True
+    if isinstance(arguments, HmpArguments):
+        return False
+    return isinstance(arguments, QmpArguments) and (arguments.oob or arguments.command.startswith("query-"))
+
+
+def _no_parts(_: object) -> None:
+    """An inherited command has no partial answers."""

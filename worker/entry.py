@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs in a worker process, from the fork to the exit. Called by broker/zygote.py in the child it has forked.
+
+Nothing here runs in the zygote itself: a context of ZeroMQ and a loop may only be made after the fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import gc
+import logging
+import os
+import signal
+import socket
+from enum import IntEnum
+from pathlib import Path
+
+import msgspec
+import tenacity
+import zmq
+
+from ..common.log import log_to_file
+from ..common.names import VmName, vm_name
+from ..common.page import Page, PageDamaged, Word
+from ..common.paths import Paths, VmPaths
+from ..common.settings import Settings
+from .app import App
+from .loop import new_loop
+from .qemu.process import identify
+
+log = logging.getLogger(__name__)
+
+_PR_SET_NAME = 15  # linux/prctl.h
+# The predecessor's lock falls with its last thread, a moment after its pidfd reports it.
+LOCK_SECONDS = 3.0
+
+
+class WorkerExit(IntEnum):
+    """Exit codes of a worker; the broker starts another one after anything but DONE, if there is still something to do."""
+
+    DONE = 0  # said goodbye
+    FAILED = 1  # a defect; see worker.log
+    LOCKED = 3  # another worker has this VM
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What the broker tells a worker at its birth."""
+
+    name: str
+    run: str
+    state: str
+    etc: str
+    settings: Settings
+
+
+def run_worker(spec: WorkerSpec, kept: dict[str, int]) -> int:
+    """Be the worker of one VM until there is nothing left to do. `kept`: slot → fd of connections that outlived earlier workers.
+
+    Returns the exit code. Never raises.
+    """
+    name = vm_name(spec.name)
+    paths = Paths(Path(spec.run), Path(spec.state), Path(spec.etc))
+    vm_paths = paths.vm(name)
+    try:
+        vm_paths.run.mkdir(mode=0o700, exist_ok=True)
+        vm_paths.state.mkdir(mode=0o700, exist_ok=True)
+        log_to_file(vm_paths.worker_log, spec.settings.log.level, spec.settings.worker.log_bytes)
+        _name_process(f"vml:{name}")
+        lock = _lock(vm_paths.lock)
+        if lock is None:
+            log.error("VM %s: another worker holds %s", name, vm_paths.lock)
+            return WorkerExit.LOCKED
+        return _serve(name, paths, spec.settings, _open_page(vm_paths), kept)
+    except Exception:  # the edge of the process: whatever it is, it is written down
+        log.exception("VM %s: the worker failed", name)
+        return WorkerExit.FAILED
+
+
+def _serve(name: VmName, paths: Paths, settings: Settings, page: Page, kept: dict[str, int]) -> int:
+    loop = new_loop(page)
+    asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_report)
+    # Ctrl-C in a terminal is not for workers, and SIGTERM means the host is going down: QEMU's own end is awaited, not ours.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    monitor_fd = kept.pop("monitor", None)
+    for fd in kept.values():
+        os.close(fd)
+    app = App(loop, context, name, paths, settings, page)
+    loop.add_signal_handler(signal.SIGTERM, app.leave)
+    gc.freeze()
+    try:
+        loop.run_until_complete(app.run(socket.socket(fileno=monitor_fd) if monitor_fd is not None else None))
+    finally:
+        loop.close()
+        context.term()  # bounded by the sockets' linger
+    if app.forget:
+        _remove_run_directory(paths.vm(name))
+    return WorkerExit.DONE
+
+
+def _open_page(paths: VmPaths) -> Page:
+    """The VM's page, with this worker's identity on it. A damaged one is replaced: it holds nothing that cannot be asked again."""
+    try:
+        page = Page(paths.page, writable=True)
+    except PageDamaged as error:
+        log.warning("%s; it is replaced", error)
+        paths.page.unlink()
+        page = Page(paths.page, writable=True)
+    page.words[Word.WORKER_PID] = os.getpid()
+    page.words[Word.WORKER_STARTED] = identify(os.getpid()).started
+    page.words[Word.INCARNATION] += 1
+    return page
+
+
+def _lock(path: Path) -> int | None:
+    """The VM's lock, held until this process ends; None if somebody else keeps it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(BlockingIOError),
+        wait=tenacity.wait_fixed(0.01),
+        stop=tenacity.stop_after_delay(LOCK_SECONDS),
+        reraise=True,
+    )
+    try:
+        retrying(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_run_directory(paths: VmPaths) -> None:
+    for entry in os.scandir(paths.run):
+        os.unlink(entry.path)
+    os.rmdir(paths.run)
+
+
+def _name_process(name: str) -> None:
+    """What `ps -e` and `top` show; the kernel keeps 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def _report(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    error = context.get("exception")
+    log.error("loop: %s", context.get("message"), exc_info=error if isinstance(error, BaseException) else None)

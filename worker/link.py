@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's link to the broker: one DEALER on the loop, an outbox with a bound, and a greeting after every (re)connection.
+
+ZeroMQ's FD is edge-triggered and also moved by our own sends: after any send or receive EVENTS must be read again and everything
+drained, or a wake-up is lost. All of that is here. Used by app.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from ..common.sockets import WORKER_QUEUE, connect_dealer, edge_fd, ready_events, watch_connection
+
+log = logging.getLogger(__name__)
+
+BATCH: Final = 64  # messages taken before the loop's other work gets its turn
+
+
+class Link:
+    """Messages to and from the broker. Whole native frames both ways."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        on_frame: Callable[[bytes], None],
+        make_hello: Callable[[], bytes],
+        outbox: int,
+    ) -> None:
+        """`on_frame` takes each frame that arrives; `make_hello` gives the frame that is sent first on every connection."""
+        self.connected = False
+        self.dropped = 0  # messages that a full outbox cost
+        self._loop = loop
+        self._on_frame = on_frame
+        self._make_hello = make_hello
+        self._outbox: deque[bytes] = deque()
+        self._limit = outbox
+        self._receiving = False
+        self._closed = False
+        self._socket = connect_dealer(context, endpoint, WORKER_QUEUE)
+        self._watch = watch_connection(self._socket)
+        loop.add_reader(edge_fd(self._socket), self._turn)
+        loop.add_reader(edge_fd(self._watch), self._on_connection)
+        loop.call_soon(self._on_connection)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, or keep it until the broker is there. Never blocks; the oldest is dropped when too many wait."""
+        if self.connected and not self._outbox:
+            try:
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                self._outbox.append(frame)
+            if not self._receiving and ready_events(self._socket) & zmq.POLLIN:
+                self._loop.call_soon(self._turn)
+            return
+        self._outbox.append(frame)
+        if len(self._outbox) > self._limit:
+            self._outbox.popleft()
+            self.dropped += 1
+            if self.dropped == 1 or self.dropped % 1000 == 0:
+                log.warning("the broker is away and the outbox is full: %d messages dropped so far", self.dropped)
+
+    def close(self) -> None:
+        """Stop; what was sent still leaves within the socket's linger."""
+        self._closed = True
+        self._loop.remove_reader(edge_fd(self._socket))
+        self._loop.remove_reader(edge_fd(self._watch))
+        self._socket.disable_monitor()
+        self._watch.close()
+        self._socket.close()
+
+    def _turn(self) -> None:
+        """Drain what has come in, then what waits to go out."""
+        if self._closed:
+            return
+        self._receiving = True
+        try:
+            for _ in range(BATCH):
+                events = ready_events(self._socket)
+                if not events & zmq.POLLIN:
+                    break
+                self._on_frame(self._socket.recv(zmq.NOBLOCK))
+            else:
+                self._loop.call_soon(self._turn)
+                return
+        finally:
+            self._receiving = False
+        if self._outbox and events & zmq.POLLOUT:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self.connected and self._outbox:
+            try:
+                self._socket.send(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return  # the FD tells when there is room
+            self._outbox.popleft()
+        if ready_events(self._socket) & zmq.POLLIN:
+            self._loop.call_soon(self._turn)
+
+    def _on_connection(self) -> None:
+        """The socket's own news: shaken hands, or cut."""
+        while not self._closed and ready_events(self._watch) & zmq.POLLIN:
+            event = parse_monitor_message(self._watch.recv_multipart(zmq.NOBLOCK))["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected = True
+                self._outbox.appendleft(self._make_hello())
+                self._flush()
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.connected = False

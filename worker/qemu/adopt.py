@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adopting a QMP server that somebody else started: its monitor's connection and its process. Used by vm.py.
+
+Whether a process may be killed is decided here: only when it is surely the one at the other end.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+
+from ...common.errors import BadRequest, Denied, MonitorLost
+from ...common.paths import require_socket_path
+from .process import NotTheProcess, ProcessGone, QemuProcess, identify, peer_of
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The process behind a monitor; None if it cannot be told."""
+
+    process: QemuProcess | None
+    may_kill: bool
+
+
+def connect_monitor(path: str) -> socket.socket:
+    """A connection to a QMP socket, non-blocking. Raises `MonitorLost` if nobody listens, `BadRequest` for a path that cannot be one."""
+    if not os.path.isabs(path) or "\0" in path:
+        raise BadRequest(f"{path!r:.200} is no absolute path of a socket")
+    require_socket_path(Path(path))
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        connection.connect(path)
+    except BlockingIOError:
+        connection.close()
+        raise MonitorLost(
+            f"{path}: another client is connected and more wait; a QMP socket serves one at a time"
+        ) from None
+    except OSError as error:
+        connection.close()
+        raise MonitorLost(f"{path}: {error.strerror}; is QEMU running, with a QMP socket there?") from error
+    return connection
+
+
+def find_process(connection: socket.socket, pid: int | None) -> Found:
+    """The process of an attached VM. Raises `Denied` if a given pid is not alive.
+
+    Without a pid the kernel's word counts (who made the listening socket), but only for a QEMU executable: the maker may be a
+    launcher that passed the socket on, or a process that serves many VMs.
+    """
+    if pid is not None:
+        try:
+            return Found(QemuProcess(identify(pid)), True)
+        except (ProcessGone, NotTheProcess, OSError) as error:
+            raise Denied(f"--pid {pid}: {error}; give the pid of the VM's QEMU, or leave it out") from error
+    try:
+        identity = identify(peer_of(connection))
+        if not Path(identity.executable).name.startswith("qemu"):
+            return Found(None, False)
+        return Found(QemuProcess(identity), True)
+    except (ProcessGone, NotTheProcess, OSError):
+        return Found(None, False)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting a QEMU: its command line, its log, and a monitor that is there before it is. Used by vm.py.
+
+The worker binds and listens on the monitor's socket itself and hands QEMU the listening fd, so the connection can be made before QEMU
+has even started, and there is nothing to retry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ...common.definition import AGENT_ID, MONITOR_ID, SIMULATED, Definition
+from ...common.errors import LaunchFailed
+from ...common.paths import VmPaths, require_socket_path
+from .process import Identity, ProcessGone, QemuProcess, identify
+
+LOG_TAIL_BYTES: Final = 4096  # of qemu.log, shown with `launch-failed`
+VM_VARIABLE: Final = "VMLOOP_VM"  # in QEMU's environment: state directory and epoch, to recognise it by
+
+
+class Launched(msgspec.Struct, frozen=True):
+    """A QEMU that has just been started, and the connected monitor."""
+
+    process: QemuProcess
+    monitor: socket.socket
+    argv: list[str]
+
+
+def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | None, stopped: bool) -> list[str]:
+    """The whole argv. Pure, but for looking up the binary. Raises `LaunchFailed` if there is none.
+
+    stopped: begin with the guest's CPUs stopped, so that no event is missed before the monitor is negotiated.
+    """
+    argv = [*_binary(definition.qemu.binary), *definition.qemu.args]
+    argv += ["-chardev", f"socket,id={MONITOR_ID},fd={monitor_fd},server=on,wait=off"]
+    argv += ["-mon", f"chardev={MONITOR_ID},mode=control"]
+    if agent_fd is not None:
+        argv += ["-chardev", f"socket,id={AGENT_ID},fd={agent_fd},server=on,wait=off"]
+        argv += ["-device", f"virtio-serial,id={AGENT_ID}-bus"]
+        argv += ["-device", f"virtserialport,bus={AGENT_ID}-bus.0,chardev={AGENT_ID},name=org.qemu.guest_agent.0"]
+    if stopped:
+        argv.append("-S")
+    return argv
+
+
+def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool, log_bytes: int) -> Launched:
+    """Start QEMU in a session of its own, with its output in qemu.log. Raises `LaunchFailed`; then nothing is left behind."""
+    with contextlib.ExitStack() as on_failure:
+        monitor_listener = on_failure.enter_context(_listen(paths.monitor_socket))
+        agent_listener = on_failure.enter_context(_listen(paths.agent_socket)) if definition.agent.enabled else None
+        connection = _connect(paths.monitor_socket)
+        on_failure.callback(connection.close)
+        agent_fd = agent_listener.fileno() if agent_listener is not None else None
+        argv = command_line(definition, monitor_fd=monitor_listener.fileno(), agent_fd=agent_fd, stopped=stopped)
+        log = on_failure.enter_context(_open_log(paths.qemu_log, log_bytes))
+        log.write(f"--- epoch {epoch}: {' '.join(argv)}\n".encode())
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[fd for fd in (monitor_listener.fileno(), agent_fd) if fd is not None],
+                env={**os.environ, VM_VARIABLE: f"{paths.state}:{epoch}"},
+                cwd=paths.state,
+            )
+        except OSError as error:
+            raise LaunchFailed(f"cannot start {argv[0]}: {error.strerror}", log="") from error
+        process = QemuProcess(_identity_of(child), child)
+        monitor_listener.close()
+        if agent_listener is not None:
+            agent_listener.close()
+        log.close()
+        on_failure.pop_all()
+    return Launched(process, connection, argv)
+
+
+def log_tail(paths: VmPaths) -> str:
+    """The end of what QEMU printed in its newest run."""
+    try:
+        with paths.qemu_log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        return f"(qemu.log cannot be read: {error.strerror})"
+    _, _, newest = text.rpartition("--- epoch ")
+    return newest.partition("\n")[2].strip() if "--- epoch " in text else text.strip()
+
+
+def _binary(name: str) -> list[str]:
+    if name == SIMULATED:
+        return [sys.executable, "-m", "vmloop.worker.qemu.simulated"]
+    found = shutil.which(name)
+    if found is None:
+        raise LaunchFailed(f"there is no executable {name!r}; install QEMU or name another qemu.binary", log="")
+    return [found]
+
+
+def _listen(path: Path) -> socket.socket:
+    """A listening unix socket; one that an earlier run left behind is replaced (the VM's lock is held)."""
+    require_socket_path(path)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(os.fspath(path))
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise LaunchFailed(f"cannot listen on {path}: {error.strerror}", log="") from error
+    return listener
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(os.fspath(path))  # the backlog has room: this neither fails nor waits
+    connection.setblocking(False)
+    return connection
+
+
+def _open_log(path: Path, max_bytes: int):  # type: ignore[no-untyped-def]
+    if path.exists() and path.stat().st_size > max_bytes:
+        path.rename(path.with_name(path.name + ".1"))
+    return path.open("ab", buffering=0)
+
+
+def _identity_of(child: subprocess.Popen[bytes]) -> Identity:
+    try:
+        return identify(child.pid)
+    except ProcessGone:  # it ended at once; as our unreaped child it keeps its pid until `status`
+        return Identity(child.pid, 0, "")

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated VM itself: its run state, its guest's reactions, its events and its end.
+
+Changed by the commands of its monitor and agent (simulated_commands, simulated_agent), by signals (simulated) and by tests. It knows of
+its two ports only that they can be told things; it runs on the loop of whoever made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from .simulated_faults import Faults, changed
+
+FLOOD_EVENT: Final = "X_SIMULATED_FLOOD"
+EVENTS: Final = ("SHUTDOWN", "POWERDOWN", "RESET", "STOP", "RESUME", "VSERPORT_CHANGE", FLOOD_EVENT)
+
+NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+
+# A flood comes in a burst per tick: a timer per event would cost more than the event.
+FLOOD_TICK: Final = 0.01
+
+CRASH_STATUS: Final = 1  # exit status of a process that ends by the fault exit_after
+
+
+class Attachment(Protocol):
+    """What a VM tells its monitor and its agent."""
+
+    def event(self, name: str, data: dict[str, Any] | None) -> None:
+        """Something has happened to the VM."""
+
+    def faults_changed(self, faults: Faults) -> None:
+        """Other faults are in force."""
+
+    def close(self) -> None:
+        """The VM is gone."""
+
+
+class SimulatedVm:
+    """One VM. `on_end` is called once with the exit status when it is gone, after its ports are closed."""
+
+    def __init__(
+        self,
+        name: str = "",
+        faults: Faults | None = None,
+        *,
+        paused: bool = False,
+        uuid: str = NO_UUID,
+        no_shutdown: bool = False,
+        on_end: Callable[[SimulatedVm, int], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.status = "prelaunch" if paused else "running"
+        self.ended = False
+        self.agent_open = False  # the guest's agent has opened its port
+        self.agent_port_id: str | None = None  # the id of the agent's virtserialport; None if the VM has none
+        self._faults = faults or Faults()
+        self._no_shutdown = no_shutdown
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._attachments: list[Attachment] = []
+        self._postponed: list[Callable[[], None]] = []  # what fell due while the main loop was stuck
+        self._power_button = False  # pressed, and the guest has not reacted yet
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._flooded = 0
+        self._flooded_at = 0.0
+
+    # -- what others look at --
+
+    @property
+    def faults(self) -> Faults:
+        """The faults in force."""
+        return self._faults
+
+    @property
+    def running(self) -> bool:
+        """True while the virtual CPUs run."""
+        return self.status == "running"
+
+    def attach(self, attachment: Attachment) -> None:
+        """Add a monitor or an agent."""
+        self._attachments.append(attachment)
+        attachment.faults_changed(self._faults)
+
+    def start(self) -> None:
+        """Begin to live: call once, when everything is attached."""
+        self._apply_faults(Faults())
+        if self.running:
+            self._guest_boots()
+
+    # -- faults --
+
+    def change_faults(self, **changes: Any) -> None:
+        """Switch some faults; `msgspec.ValidationError` for what is no fault."""
+        self.set_faults(changed(self._faults, changes))
+
+    def set_faults(self, faults: Faults) -> None:
+        """Put other faults in force."""
+        before, self._faults = self._faults, faults
+        self._apply_faults(before)
+
+    def after_a_while(self, seconds: float, faults: Faults) -> None:
+        """Put faults in force later, so that a VM can be told to freeze and to thaw again."""
+        self._later("revert", seconds, lambda: self.set_faults(faults), even_stuck=True)
+
+    def _apply_faults(self, before: Faults) -> None:
+        faults = self._faults
+        if faults.exit_after != before.exit_after:
+            self._later("exit", faults.exit_after or None, lambda: self.end(CRASH_STATUS), even_stuck=True)
+        if faults.flooding != before.flooding:
+            self._flooded_at = time.monotonic()
+            self._later("flood", FLOOD_TICK if faults.flooding else None, self._flood)
+        for attachment in self._attachments:
+            attachment.faults_changed(faults)
+        if faults.agent_absent and not before.agent_absent:
+            self._agent_port(False)
+        elif before.agent_absent and not faults.agent_absent and self.running:
+            self._guest_boots()
+        if before.ignore_powerdown and not faults.ignore_powerdown:
+            self._guest_shuts_down()
+        if before.stuck and not faults.stuck:
+            postponed, self._postponed = self._postponed, []
+            for action in postponed:
+                action()
+
+    # -- what is done to the VM --
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Send an event to whoever is connected."""
+        for attachment in self._attachments:
+            attachment.event(name, data)
+
+    def stop(self) -> None:
+        """Pause the virtual CPUs; nothing happens if they do not run."""
+        if self.running:
+            self.status = "paused"
+            self.emit("STOP")
+
+    def cont(self) -> None:
+        """Let the virtual CPUs run."""
+        if self.running:
+            return
+        first = self.status == "prelaunch"
+        self.status = "running"
+        self.emit("RESUME")
+        if first:
+            self._guest_boots()
+        self._guest_shuts_down()
+
+    def reset(self, *, guest: bool, reason: str) -> None:
+        """Reset the machine. A paused one is as good as new after it, as QEMU has it."""
+        if not self.running:
+            self.status = "prelaunch"
+        self._power_button = False
+        self._cancel("powerdown")
+        self.emit("RESET", {"guest": guest, "reason": reason})
+        self._agent_port(False)
+        if self.running:
+            self._guest_boots()
+
+    def powerdown(self) -> None:
+        """Press the power button. An obedient guest shuts down a little later, once it runs."""
+        self.emit("POWERDOWN")
+        self._power_button = True
+        self._guest_shuts_down()
+
+    def shutdown(self, *, guest: bool, reason: str) -> None:
+        """Shut down. The process ends when the loop comes round again, so that the reply to `quit` still leaves."""
+        if self._faults.stuck:
+            self._postponed.append(lambda: self.shutdown(guest=guest, reason=reason))
+            return
+        self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
+        if guest and self._no_shutdown:
+            if self.running:
+                self.emit("STOP")
+            self.status = "shutdown"
+            return
+        self._loop.call_soon(self.end, 0)
+
+    def end(self, status: int) -> None:
+        """Be gone, at once and without a word."""
+        if self.ended:
+            return
+        self.ended = True
+        for name in list(self._timers):
+            self._cancel(name)
+        self._postponed.clear()
+        for attachment in self._attachments:
+            attachment.close()
+        if self._on_end is not None:
+            self._on_end(self, status)
+
+    # -- the guest --
+
+    def _guest_boots(self) -> None:
+        self._later("boot", self._faults.boot_delay, lambda: self._agent_port(True))
+
+    def _guest_shuts_down(self) -> None:
+        if self._power_button and self.running and not self._faults.ignore_powerdown:
+            self._power_button = False
+            self._later("powerdown", self._faults.powerdown_delay, self.guest_shutdown)
+
+    def guest_shutdown(self) -> None:
+        """The guest switches the machine off."""
+        self.shutdown(guest=True, reason="guest-shutdown")
+
+    def _agent_port(self, opened: bool) -> None:
+        if opened == self.agent_open or self.agent_port_id is None or (opened and self._faults.agent_absent):
+            return
+        self.agent_open = opened
+        if self.agent_port_id:  # QEMU has no event for a port without an id
+            self.emit("VSERPORT_CHANGE", {"open": opened, "id": self.agent_port_id})
+        for attachment in self._attachments:
+            attachment.faults_changed(self._faults)
+
+    # -- time --
+
+    def _later(self, name: str, seconds: float | None, action: Callable[[], None], *, even_stuck: bool = False) -> None:
+        """Do something later, once; None takes it back. A stuck main loop does it when it goes on."""
+        self._cancel(name)
+        if seconds is None:
+            return
+
+        def due() -> None:
+            del self._timers[name]
+            if self._faults.stuck and not even_stuck:
+                self._postponed.append(action)
+            else:
+                action()
+
+        self._timers[name] = self._loop.call_later(seconds, due)
+
+    def _cancel(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _flood(self) -> None:
+        now = time.monotonic()
+        count = int((now - self._flooded_at) * self._faults.flooding)
+        if count:
+            self._flooded_at = now
+        for _ in range(count):
+            self._flooded += 1
+            self.emit(FLOOD_EVENT, {"number": self._flooded})
+        if self._faults.flooding:
+            self._later("flood", FLOOD_TICK, self._flood)

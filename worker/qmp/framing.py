@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the monitor's bytes to lines, so that a successor can go on wherever this worker is killed. Used by session.py.
+
+Reading is peeking: bytes stay in the socket until what they say has been dealt with.
+
+    1  recv(MSG_PEEK)        the kernel's peek offset (SO_PEEK_OFF) moves forward by n; it belongs to the connection, not to the process
+    2  each complete line    is handed out; its events and its end are settled on the page in one store (EventLog.end_line)
+    3  the rest, if any      the start of a line that is not there yet goes into a carry file
+    4  page: PENDING = n     from here on these n bytes are to be consumed
+    5  recv(n)               the peek offset moves back by n
+    6  page: carry, PENDING = 0
+
+A successor holds the same connection. PENDING says whether steps 4 to 6 had begun, the peek offset how much of step 5 was left, and the
+progress word which lines of an unconsumed chunk are dealt with already. Everything is consumed before the next peek, so the socket is
+only readable when something is new, and a line longer than the socket's buffer cannot wedge it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from ...common.page import Page, Word
+from ...common.paths import VmPaths
+from ..events import EventLog
+
+# asm-generic/socket.h; Python has no name for it. Unix sockets only (unix(7)).
+SO_PEEK_OFF: Final = 42
+
+# One peek. Below the allocator's mmap threshold (128 KiB), and what QEMU gets into a unix socket in two or three writes.
+CHUNK_BYTES: Final = 64 * 1024
+
+_INDEX_SHIFT: Final = 56  # carry word: index of the carry file << 56 | its length
+_LENGTH_MASK: Final = (1 << _INDEX_SHIFT) - 1
+
+
+class LineTooLong(Exception):
+    """The peer sent more than the limit without an end of line; the connection is of no use any more."""
+
+
+class LineReader:
+    """Reads one connection. The socket must be a non-blocking unix stream socket."""
+
+    def __init__(self, connection: socket.socket, page: Page, paths: VmPaths, events: EventLog, max_line: int) -> None:
+        self._socket = connection
+        self._words = page.words
+        self._paths = paths
+        self._events = events
+        self._max_line = max_line
+        self._scratch = memoryview(bytearray(CHUNK_BYTES))
+        self._carry: list[bytes] = []  # the same bytes as in the carry file
+        self._carry_length = 0
+        self._skip = 0  # bytes of the next chunk that a predecessor has dealt with
+        self._closed = False
+        self.taken = 0  # chunks consumed so far
+
+    # -- start ------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """For a connection that nobody has read from: forget what the page says about an older one."""
+        self._words[Word.PENDING] = 0
+        self._words[Word.CARRY] = 0
+        self._events.end_line(0)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+
+    def take_over(self) -> None:
+        """For a connection that a predecessor has read from: finish its last step, and know what it had dealt with."""
+        peeked = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+        if self._words[Word.PENDING]:
+            self._consume_bytes(max(peeked, 0))
+            self._settle_consumption()
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        self._skip = self._events.done
+        carry = self._words[Word.CARRY]
+        self._carry_length = carry & _LENGTH_MASK
+        if self._carry_length:
+            with self._paths.carry(carry >> _INDEX_SHIFT).open("rb") as file:
+                self._carry = [file.read(self._carry_length)]
+
+    def close(self) -> None:
+        """Hand out no further line, not even from a chunk at hand."""
+        self._closed = True
+
+    # -- run --------------------------------------------------------------------------------------------------------------
+
+    def read(self, on_line: Callable[[bytes], None]) -> bool:
+        """One turn: hand every complete line, without its end, to `on_line`, which must not raise. False at the end of the stream.
+
+        Raises `LineTooLong`. Never blocks.
+        """
+        try:
+            data = self._socket.recv(CHUNK_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except ConnectionError:  # QEMU closed with something of ours unread: as much an end as an empty read
+            return False
+        if not data:
+            return False
+        start = 0
+        skip, self._skip = self._skip, 0
+        while (newline := data.find(b"\n", start)) >= 0:
+            end = newline + 1
+            if end > skip:
+                line = self._whole_line(data[start:newline])
+                self._events.begin_line()
+                on_line(line)
+                self._events.end_line(end)
+                if self._closed:
+                    return True
+            else:
+                self._carry.clear()
+                self._carry_length = 0
+            start = end
+        self._consume(len(data), data[start:], continues=start == 0)
+        self.taken += 1
+        return True
+
+    def _whole_line(self, last: bytes) -> bytes:
+        if not self._carry:
+            return last
+        line = b"".join((*self._carry, last))
+        self._carry.clear()
+        self._carry_length = 0
+        return line
+
+    def _consume(self, count: int, rest: bytes, *, continues: bool) -> None:
+        carry = self._words[Word.CARRY]
+        index = carry >> _INDEX_SHIFT
+        if rest:
+            if self._carry_length + len(rest) > self._max_line:
+                raise LineTooLong(f"a line of more than {self._max_line} bytes")
+            # What the old carry file holds must stay valid until the consumption is settled: a new line's start goes to the other file.
+            index = index if continues else 1 - index
+            fd = os.open(self._paths.carry(index), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, rest, self._carry_length)
+            finally:
+                os.close(fd)
+            self._carry.append(rest)
+            self._carry_length += len(rest)
+        self._words[Word.NEXT_CARRY] = index << _INDEX_SHIFT | self._carry_length
+        self._words[Word.PENDING] = count
+        self._consume_bytes(count)
+        self._settle_consumption()
+
+    def _consume_bytes(self, count: int) -> None:
+        while count:
+            got = self._socket.recv_into(self._scratch[: min(count, CHUNK_BYTES)])
+            if not got:
+                return
+            count -= got
+
+    def _settle_consumption(self) -> None:
+        self._events.end_line(0)
+        self._words[Word.CARRY] = self._words[Word.NEXT_CARRY]
+        self._words[Word.PENDING] = 0

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What QEMU still owes an answer, on the status page: entered before a command is sent, struck out after its answer went out.
+
+A successor finds here whom the replies in the socket belong to. Each entry has 16 words:
+
+    0  0 free, else 1 | reading << 1 | oob << 2      1  QMP id           2  the broker's request number, 0 for vmloop's own commands
+    3  deadline (f64, CLOCK_MONOTONIC)               4  length of key    5-12  key
+
+Word 0 is stored last on entry, so that an entry is either whole or not there. Used by session.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from ...common.page import LEDGER_SLOTS, Page, Word, float_to_word, word_to_float
+
+_TAKEN: Final = 1
+_READING: Final = 2
+_OOB: Final = 4
+_KEY_AT: Final = 5
+_KEY_WORDS: Final = 8
+
+
+class Owed(msgspec.Struct, frozen=True):
+    """A command that was sent and is not answered yet."""
+
+    qmp_id: int
+    request: int
+    reading: bool
+    oob: bool
+    deadline: float
+    key: bytes
+
+
+class LedgerFull(Exception):
+    """More commands on the wire than the ledger has room for: a defect of the session, which keeps count."""
+
+
+class Ledger:
+    """The entries of one page, and the QMP ids that never repeat within a run."""
+
+    def __init__(self, page: Page) -> None:
+        self._words = page.words
+        self._slots = [page.slot(index) for index in range(LEDGER_SLOTS)]
+        self._slot_of: dict[int, int] = {}
+        self._free: list[int] = []
+        for index, slot in enumerate(self._slots):
+            if slot[0] & _TAKEN:
+                self._slot_of[slot[1]] = index
+            else:
+                self._free.append(index)
+
+    def next_qmp_id(self) -> int:
+        """A fresh id; the page remembers it across workers."""
+        fresh: int = self._words[Word.QMP_ID] + 1
+        self._words[Word.QMP_ID] = fresh
+        return fresh
+
+    def enter(self, owed: Owed) -> None:
+        """Write a command down, before its first byte is sent. Raises `LedgerFull`."""
+        if not self._free:
+            raise LedgerFull(f"{LEDGER_SLOTS} commands are on the wire already")
+        index = self._free.pop()
+        slot = self._slots[index]
+        slot[1] = owed.qmp_id
+        slot[2] = owed.request
+        slot[3] = float_to_word(owed.deadline)
+        slot[4] = len(owed.key)
+        if owed.key:
+            padded = owed.key.ljust(_KEY_WORDS * 8, b"\0")
+            for at in range(_KEY_WORDS):
+                slot[_KEY_AT + at] = int.from_bytes(padded[at * 8 : at * 8 + 8], "little")
+        slot[0] = _TAKEN | (_READING if owed.reading else 0) | (_OOB if owed.oob else 0)
+        self._slot_of[owed.qmp_id] = index
+
+    def strike(self, qmp_id: int) -> None:
+        """The command is answered, and the answer is on its way."""
+        index = self._slot_of.pop(qmp_id, None)
+        if index is not None:
+            self._slots[index][0] = 0
+            self._free.append(index)
+
+    def clear(self) -> None:
+        """Nothing is owed any more: the connection is a new one."""
+        for qmp_id in list(self._slot_of):
+            self.strike(qmp_id)
+
+    def __iter__(self) -> Iterator[Owed]:
+        """Everything owed, oldest id first."""
+        for qmp_id in sorted(self._slot_of):
+            slot = self._slots[self._slot_of[qmp_id]]
+            length = min(slot[4], _KEY_WORDS * 8)
+            key = b"".join(slot[_KEY_AT + at].to_bytes(8, "little") for at in range(_KEY_WORDS))[:length]
+            yield Owed(
+                qmp_id=qmp_id,
+                request=slot[2],
+                reading=bool(slot[0] & _READING),
+                oob=bool(slot[0] & _OOB),
+                deadline=word_to_float(slot[3]),
+                key=key,
+            )
+
+    def release(self) -> None:
+        """Let go of the page, which can only be closed then."""
+        for slot in self._slots:
+            slot.release()

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QMP session: commands out, replies matched by id, events on. One per connection, on the worker's loop; used by vm.py.
+
+Several commands may be outstanding. QEMU reads at most eight in-band requests ahead and then stops reading, out-of-band ones included
+(monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX), so at most `IN_BAND_WINDOW` are on the wire and the rest wait here: the question whether QEMU
+still lives must always get through. A deadline ends the caller's wait; a command that was sent lives on, and its late reply is told to the
+listener. Answers go to callbacks, called on the loop, so that the shortest path from socket to socket needs no task and no future.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from ...common.deadlines import Deadlines
+from ...common.errors import (
+    Busy,
+    DeadlineExceeded,
+    MonitorFrozen,
+    MonitorLost,
+    NotRunning,
+    OutcomeUnknown,
+    QmpError,
+    VmloopError,
+    WorkerLost,
+)
+from ...common.page import Page, Word
+from ...common.settings import WorkerSettings
+from ...common.states import MonitorState
+from .framing import LineReader, LineTooLong
+from .ledger import Ledger, Owed
+from .liveness import Liveness
+
+log = logging.getLogger(__name__)
+
+IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
+OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
+MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
+MAX_COMMAND_BYTES: Final = 16 * 1024 * 1024
+ERROR_TEXT: Final = 2000  # characters of QEMU's error text that are passed on
+
+Done = Callable[[Any, VmloopError | None], None]  # (the value of `return`, or the error)
+
+
+class Command(msgspec.Struct):
+    """One command on its way. `done` is None once nobody waits any more."""
+
+    name: str
+    text: bytes
+    done: Done | None
+    qmp_id: int
+    request: int = 0
+    reading: bool = False
+    oob: bool = False
+    deadline: float = 0.0
+    key: bytes = b""
+    fds: tuple[int, ...] = ()
+    sent: float = 0.0
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """What QEMU said first."""
+
+    version: tuple[int, int, int]
+    package: str
+    capabilities: tuple[str, ...]
+
+
+class Listener(Protocol):
+    """What a session tells its VM. None of these may raise."""
+
+    def on_event(self, name: str, data: dict[str, Any], at: int) -> None: ...
+    def on_monitor_state(self, state: MonitorState, reason: str) -> None: ...
+    def on_late(self, command: Command, reply: dict[str, Any]) -> None: ...
+    def on_end(self, reason: str) -> None: ...
+
+
+class QmpSession:
+    """One connection. Life: made → `negotiate` or `take_over` → commands → `close`, or `on_end` when the connection ends by itself."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connection: socket.socket,
+        reader: LineReader,
+        page: Page,
+        settings: WorkerSettings,
+        listener: Listener,
+    ) -> None:
+        self.greeting: Greeting | None = None
+        self.oob = False
+        self.garbled = 0  # lines that were dropped
+        self._loop = loop
+        self._socket = connection
+        self._reader = reader
+        self._words = page.words
+        self._ledger = Ledger(page)
+        self._listener = listener
+        self._on_wire: dict[int, Command] = {}
+        self._window = {False: IN_BAND_WINDOW, True: OOB_WINDOW}  # free places, by oob
+        self._waiting: deque[Command] = deque()
+        self._unsent = b""
+        self._unsent_fds: tuple[int, ...] = ()
+        self._deadlines: Deadlines[int] = Deadlines()
+        self._by_id: dict[int, Command] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._greeted: asyncio.Future[None] = loop.create_future()
+        self._ended: str | None = None
+        self._liveness = Liveness(loop, settings, self._probe, listener.on_monitor_state)
+
+    # -- start ------------------------------------------------------------------------------------------------------------
+
+    async def negotiate(self, seconds: float) -> None:
+        """On a fresh connection: read the greeting, agree on capabilities. Raises `MonitorLost` or `DeadlineExceeded`."""
+        self._ledger.clear()
+        self._words[Word.SENDING] = 0
+        self._reader.begin()
+        self._loop.add_reader(self._socket, self._readable)
+        until = self._loop.time() + seconds
+        try:
+            async with asyncio.timeout_at(until):
+                await self._greeted
+        except TimeoutError:
+            raise DeadlineExceeded(f"no QMP greeting within {seconds:g} s") from None
+        enable = [name for name in (self.greeting.capabilities if self.greeting else ()) if name == "oob"]
+        await self.execute(
+            "qmp_capabilities", {"enable": enable} if enable else None, seconds=until - self._loop.time()
+        )
+        self.oob = bool(enable)
+        self._settled("negotiated")
+
+    def take_over(self, *, oob: bool, answer: Callable[[Owed], Done | None]) -> None:
+        """On a connection that an earlier worker negotiated: go on where it was killed.
+
+        `answer` gives for each command that is owed whom to tell; None if nobody waits for it.
+        """
+        self.oob = oob
+        if not self._greeted.done():
+            self._greeted.set_result(None)
+        for owed in self._ledger:
+            command = Command(
+                name="(sent by an earlier worker)",
+                text=b"",
+                done=answer(owed),
+                qmp_id=owed.qmp_id,
+                request=owed.request,
+                reading=owed.reading,
+                oob=owed.oob,
+                deadline=owed.deadline,
+                sent=time.monotonic(),
+            )
+            self._on_wire[owed.qmp_id] = self._by_id[owed.qmp_id] = command
+            self._window[owed.oob] -= 1
+            if command.done is not None:
+                self._deadlines.add(owed.qmp_id, owed.deadline)
+        self._repair_half_sent_command()
+        self._reader.take_over()
+        self._loop.add_reader(self._socket, self._readable)
+        self._set_timer()
+        self._settled("connection taken over")
+
+    def _repair_half_sent_command(self) -> None:
+        """A predecessor died inside a send: 0xFF ends whatever QEMU's parser has begun (qapi/qmp: the lexer's resynchronisation)."""
+        if not self._words[Word.SENDING]:
+            return
+        last = max(self._on_wire, default=0)
+        command = self._on_wire.pop(last, None)
+        if command is not None:
+            self._forget(command)
+            self._answer(
+                command, None, WorkerLost("the worker was killed while it sent the command; it was not carried out")
+            )
+        self._unsent = b"\xff"
+        self._flush()
+
+    # -- commands -----------------------------------------------------------------------------------------------------------
+
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        seconds: float,
+        reading: bool = True,
+        oob: bool = False,
+    ) -> Any:
+        """Send one of vmloop's own commands and wait for its `return`. Raises the error tree's members."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def done(value: Any, error: VmloopError | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+        self.submit(command, arguments, done=done, deadline=self._loop.time() + seconds, reading=reading, oob=oob)
+        return await future
+
+    def submit(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None,
+        *,
+        done: Done,
+        deadline: float,
+        reading: bool,
+        request: int = 0,
+        oob: bool = False,
+        key: bytes = b"",
+        fds: tuple[int, ...] = (),
+        wait_frozen: bool = False,
+    ) -> None:
+        """Send a command, or put it in line. `done` is called once: at once with an error, or later on the loop.
+
+        deadline: loop time at which the wait ends; fds: passed along and closed here.
+        """
+        error = self._refusal(name, oob=oob, wait_frozen=wait_frozen)
+        qmp_id = self._ledger.next_qmp_id()
+        text = b""
+        if error is None:
+            text, error = _encode_command(name, arguments, qmp_id, oob=oob)
+        if error is not None:
+            _close_all(fds)
+            done(None, error)
+            return
+        command = Command(name, text, done, qmp_id, request, reading, oob, deadline, key, fds)
+        self._by_id[qmp_id] = command
+        self._deadlines.add(qmp_id, deadline)
+        self._set_timer(deadline)
+        if self._window[oob] > 0 and not (self._waiting and not oob) and not self._unsent:
+            self._send(command)
+        else:
+            self._waiting.append(command)
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that QEMU owes an answer."""
+        return len(self._on_wire)
+
+    @property
+    def queued(self) -> int:
+        """Commands that wait for a place on the wire."""
+        return len(self._waiting)
+
+    def _refusal(self, name: str, *, oob: bool, wait_frozen: bool) -> VmloopError | None:
+        if self._ended is not None:
+            return MonitorLost(f"{name}: no connection to the monitor: {self._ended}")
+        if oob and not self.oob:
+            return QmpError(
+                f"{name}: this monitor did not offer out-of-band execution",
+                **{"class": "GenericError", "desc": "the capability 'oob' was not negotiated"},
+            )
+        if self._liveness.state is MonitorState.FROZEN and not wait_frozen:
+            return MonitorFrozen(
+                f"{name}: QEMU has answered nothing for {self._liveness.silent_for():.1f} s, not even out of band; "
+                "wait, or kill the VM"
+            )
+        if len(self._by_id) >= MAX_WAITING:
+            return Busy(f"{name}: {len(self._by_id)} commands wait for this VM's monitor already; try again later")
+        return None
+
+    # -- out ------------------------------------------------------------------------------------------------------------------
+
+    def _send(self, command: Command) -> None:
+        self._ledger.enter(
+            Owed(command.qmp_id, command.request, command.reading, command.oob, command.deadline, command.key)
+        )
+        self._window[command.oob] -= 1
+        command.sent = self._loop.time()
+        self._on_wire[command.qmp_id] = command
+        self._unsent = command.text
+        self._unsent_fds = command.fds
+        self._flush()
+        self._liveness.sent(command.oob)
+
+    def _flush(self) -> None:
+        """Write what is not written yet; the rest when the socket takes it."""
+        self._words[Word.SENDING] = 1
+        try:
+            if self._unsent_fds:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._unsent_fds))]
+                sent = self._socket.sendmsg([self._unsent], rights)
+                _close_all(self._unsent_fds)
+                self._unsent_fds = ()
+            else:
+                sent = self._socket.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            log.info("the monitor takes no more commands: %s", error)  # its end is read in order, by the reader
+            self._unsent = b""
+            self._loop.remove_writer(self._socket)
+            return
+        if sent < len(self._unsent):
+            self._unsent = self._unsent[sent:]
+            self._loop.add_writer(self._socket, self._writable)
+        else:
+            self._unsent = b""
+            self._words[Word.SENDING] = 0
+
+    def _writable(self) -> None:
+        self._loop.remove_writer(self._socket)
+        self._flush()
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Fill the window. Out-of-band commands do not wait behind in-band ones."""
+        blocked: list[Command] = []
+        while self._waiting and not self._unsent and max(self._window.values()) > 0:
+            command = self._waiting.popleft()
+            if self._window[command.oob] > 0:
+                self._send(command)
+            else:
+                blocked.append(command)
+        self._waiting.extendleft(reversed(blocked))
+
+    # -- in ---------------------------------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            open_still = self._reader.read(self._on_line)
+        except LineTooLong as error:
+            self._end(str(error))
+            return
+        if not open_still:
+            self._end("QEMU closed the connection")
+
+    def drain(self) -> None:
+        """Read to the end what a QEMU that is gone has left in the socket."""
+        while self._ended is None:
+            before = self._reader.taken
+            self._readable()
+            if self._reader.taken == before:
+                self._end("QEMU is gone")
+
+    def _on_line(self, line: bytes) -> None:
+        """The router of everything that QEMU says. A line that makes no sense is counted, logged and dropped here, and only here."""
+        try:
+            message = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            return self._drop(line, str(error))
+        if not isinstance(message, dict):
+            return self._drop(line, "not an object")
+        if "return" in message or "error" in message:
+            command = self._take(message.get("id"))
+            if command is None:
+                return self._drop(line, "a reply without an id that was asked")
+            return self._on_reply(command, message)
+        if "event" in message:
+            return self._on_event(line, message)
+        if "QMP" in message:
+            return self._on_greeting(message["QMP"])
+        return self._drop(line, "neither reply, event nor greeting")
+
+    def _drop(self, line: bytes, why: str) -> None:
+        self.garbled += 1
+        if self.garbled <= 10 or self.garbled % 1000 == 0:
+            log.warning("monitor: line dropped (%s), %d so far: %.120r", why, self.garbled, line)
+
+    def _take(self, qmp_id: object) -> Command | None:
+        return self._on_wire.pop(qmp_id, None) if type(qmp_id) is int else None
+
+    def _on_reply(self, command: Command, message: dict[str, Any]) -> None:
+        if command.done is None:
+            self._listener.on_late(command, message)
+        elif "return" in message:
+            self._answer(command, message["return"], None)
+        else:
+            self._answer(command, None, _qmp_error(command.name, message["error"]))
+        self._forget(command)
+        self._liveness.answered(command.oob, self._oldest_in_band())
+        if self._waiting:
+            self._send_waiting()
+
+    def _on_event(self, line: bytes, message: dict[str, Any]) -> None:
+        name = message["event"]
+        data = message.get("data", {})
+        if not isinstance(name, str) or not name or len(name) > 200 or not isinstance(data, dict):
+            return self._drop(line, "an event without a proper name or data")
+        return self._listener.on_event(name, data, _microseconds(message.get("timestamp")))
+
+    def _on_greeting(self, content: object) -> None:
+        if self._greeted.done():
+            return
+        self.greeting = _greeting(content)
+        self._greeted.set_result(None)
+
+    # -- time -----------------------------------------------------------------------------------------------------------------
+
+    def _set_timer(self, due: float | None = None) -> None:
+        if due is None:
+            due = self._deadlines.next_due()
+        if due is None or self._ended is not None:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due and not self._timer.cancelled():
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        for qmp_id in self._deadlines.take_due(self._loop.time()):
+            command = self._by_id[qmp_id]
+            if command.sent:
+                text = "QEMU has not answered in time; the command lives on and its answer will come as COMMAND_LATE"
+            else:
+                self._waiting.remove(command)
+                del self._by_id[qmp_id]
+                _close_all(command.fds)
+                text = f"not sent in time: {self.in_flight} earlier commands wait for QEMU"
+            self._answer(command, None, DeadlineExceeded(f"{command.name}: {text}", command=command.name))
+        self._set_timer()
+
+    def _probe(self, deadline: float) -> bool:
+        """Ask out of band whether QEMU lives (query-yank is harmless and allowed there since 6.0); False if that cannot be asked."""
+        if not self.oob or self._ended is not None or self._unsent:
+            return False
+        qmp_id = self._ledger.next_qmp_id()
+        text, _ = _encode_command("query-yank", None, qmp_id, oob=True)
+        command = Command("query-yank", text, lambda *_: None, qmp_id, reading=True, oob=True, deadline=deadline)
+        self._by_id[qmp_id] = command
+        self._send(command)
+        return True
+
+    # -- end --------------------------------------------------------------------------------------------------------------------
+
+    def close(self, reason: str) -> None:
+        """End the session; everybody who waits is told. The listener is not."""
+        if self._ended is not None:
+            return
+        self._ended = reason
+        self._reader.close()
+        self._liveness.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        if not self._greeted.done():
+            self._greeted.set_exception(MonitorLost(f"no QMP greeting: {reason}"))
+            self._greeted.exception()  # whoever awaits it gets it too; without a waiter it must not be warned about
+        for command in tuple(self._by_id.values()):
+            self._answer(command, None, _end_of(command, reason))
+            _close_all(command.fds if not command.sent else ())
+        self._by_id.clear()
+        self._on_wire.clear()
+        self._waiting.clear()
+        self._ledger.clear()
+        self._ledger.release()
+        self._socket.close()
+
+    def _end(self, reason: str) -> None:
+        if self._ended is None:
+            self.close(reason)
+            self._listener.on_end(reason)
+
+    def _answer(self, command: Command, value: Any, error: VmloopError | None) -> None:
+        done, command.done = command.done, None
+        self._deadlines.drop(command.qmp_id)
+        if done is not None:
+            done(value, error)
+
+    def _forget(self, command: Command) -> None:
+        self._by_id.pop(command.qmp_id, None)
+        self._deadlines.drop(command.qmp_id)
+        if self._ended is None:
+            self._window[command.oob] += 1
+            self._ledger.strike(command.qmp_id)
+
+    def _oldest_in_band(self) -> float | None:
+        return next((command.sent for command in self._on_wire.values() if not command.oob), None)
+
+    def _settled(self, reason: str) -> None:
+        self._liveness.start(self._oldest_in_band())
+        self._listener.on_monitor_state(MonitorState.READY, reason)
+
+
+def _encode_command(
+    name: str, arguments: dict[str, Any] | None, qmp_id: int, *, oob: bool
+) -> tuple[bytes, VmloopError | None]:
+    message: dict[str, Any] = {"exec-oob" if oob else "execute": name, "id": qmp_id}
+    if arguments:
+        message["arguments"] = arguments
+    try:
+        text = msgspec.json.encode(message) + b"\n"
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        return b"", QmpError(
+            f"{name}: the arguments are no JSON: {error}", **{"class": "GenericError", "desc": str(error)}
+        )
+    if len(text) > MAX_COMMAND_BYTES:
+        return b"", Busy(f"{name}: the command has {len(text)} bytes, {MAX_COMMAND_BYTES} are possible")
+    return text, None
+
+
+def _qmp_error(name: str, error: object) -> QmpError:
+    error = error if isinstance(error, dict) else {}
+    kind = str(error.get("class", "GenericError"))[:100]
+    desc = str(error.get("desc", "no description"))[:ERROR_TEXT]
+    return QmpError(f"{name}: {desc}", **{"class": kind, "desc": desc})
+
+
+def _end_of(command: Command, reason: str) -> VmloopError:
+    if not command.sent:
+        return NotRunning(f"{command.name}: not sent: {reason}")
+    if command.reading:
+        return MonitorLost(f"{command.name}: {reason} before it answered")
+    return OutcomeUnknown(f"{command.name}: {reason} before it answered; look at the VM's state before you repeat it")
+
+
+def _greeting(content: object) -> Greeting:
+    content = content if isinstance(content, dict) else {}
+    version = content.get("version")
+    version = version if isinstance(version, dict) else {}
+    qemu = version.get("qemu")
+    qemu = qemu if isinstance(qemu, dict) else {}
+    numbers = tuple(part if isinstance(part := qemu.get(name), int) else 0 for name in ("major", "minor", "micro"))
+    capabilities = content.get("capabilities")
+    names = tuple(str(name) for name in capabilities) if isinstance(capabilities, list) else ()
+    return Greeting((numbers[0], numbers[1], numbers[2]), str(version.get("package", ""))[:200], names)
+
+
+def _microseconds(timestamp: object) -> int:
+    """QEMU's timestamp; now if it sent none that can be used (it says -1 when its own clock failed)."""
+    if isinstance(timestamp, dict):
+        seconds, micros = timestamp.get("seconds"), timestamp.get("microseconds")
+        if type(seconds) is int and type(micros) is int and 0 <= seconds < 1 << 40 and 0 <= micros < 1_000_000:
+            return seconds * 1_000_000 + micros
+    return time.time_ns() // 1000
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

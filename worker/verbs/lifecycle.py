@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that change what a VM does: start attach stop kill pause resume reset detach. Arguments and results: docs/operations.md."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from ...common.definition import definition_from_toml
+from ...common.errors import ConfigError, DeadlineExceeded, Denied, MonitorFrozen, MonitorLost, NotRunning, VmloopError
+from ...common.states import VmState
+from .request import NoArguments, Request
+
+if TYPE_CHECKING:
+    from ..app import App
+
+# How long a QEMU may take to end after SIGKILL before it counts as stuck in the kernel (an unreachable disk).
+KILL_SECONDS = 30.0
+# How long a QEMU that keeps running after its guest powered off (-no-shutdown) is left to end by itself.
+QUIT_AFTER = 1.0
+# QEMU's own events and states follow a command within milliseconds; a loaded host may need longer.
+SETTLE_SECONDS = 5.0
+
+
+class StartArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    paused: bool = False
+
+
+class AttachArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    qmp: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    agent: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] | None = None
+    pid: Annotated[int, msgspec.Meta(gt=1)] | None = None
+
+
+class StopArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
+    force: bool = False
+
+
+async def start(app: App, request: Request, arguments: StartArguments) -> dict[str, Any]:
+    """Launch the VM from its definition."""
+    path = app.paths.definition
+    if not path.exists():
+        raise ConfigError(f"VM {app.name} has no definition; define it first, or attach it")
+    definition = definition_from_toml(path.read_bytes(), str(path))
+    await app.vm.start(definition, paused=arguments.paused, deadline=request.deadline)
+    return _run_facts(app)
+
+
+async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
+    """Adopt a running QMP server as this VM."""
+    await app.vm.attach(arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
+    return _run_facts(app)
+
+
+async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str, Any]:
+    """Ask the guest to power down and wait until QEMU is gone; with force kill at the timeout.
+
+    The turn is held only while the guest is asked: a guest that takes its time does not keep others from pausing or resetting it.
+    """
+    vm = app.vm
+    until = min(app.loop.time() + arguments.timeout, request.deadline)
+    try:
+        async with app.order.turn("stop", until):
+            vm.intent = "user"
+            if vm.state.state is not VmState.SHUTDOWN:
+                await vm.require_session().execute("system_powerdown", seconds=until - app.loop.time(), reading=False)
+        await _wait_gone_or_quit(app, until)
+    except (DeadlineExceeded, MonitorFrozen, MonitorLost) as error:
+        if not arguments.force or vm.gone.is_set():
+            raise
+        app.log_info(f"stop: {error}; killing it, as asked")
+        return await kill(app, request, NoArguments())
+    return _state(app)
+
+
+async def kill(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
+    """End the process at once, through its pidfd. A VM without a known process is told to quit by its monitor."""
+    vm = app.vm
+    if not vm.alive:
+        raise NotRunning(f"VM {app.name} does not run (it is {vm.state.state.value})")
+    deadline = min(request.deadline, app.loop.time() + KILL_SECONDS)
+    try:
+        vm.kill()
+    except NotRunning as error:
+        await _quit_instead(app, str(error), deadline)
+    if not await vm.wait_until(vm.gone.is_set, deadline):
+        raise DeadlineExceeded(
+            f"VM {app.name} was killed, but its process has not ended yet; it may hang in the kernel"
+        )
+    return _state(app)
+
+
+async def pause(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
+    """Stop the guest's CPUs."""
+    return await _ask(app, request, "stop", "user", lambda: app.vm.state.state is not VmState.RUNNING)
+
+
+async def resume(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
+    """Let the guest's CPUs run."""
+    return await _ask(app, request, "cont", "unpaused", lambda: app.vm.state.state is VmState.RUNNING)
+
+
+async def reset(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
+    """Press the reset button."""
+    seen = asyncio.Event()
+    unlisten = app.vm.events.listen(lambda event: seen.set() if event.event == "RESET" else None)
+    try:
+        session = app.vm.require_session()
+        await session.execute("system_reset", seconds=request.deadline - app.loop.time(), reading=False)
+        async with asyncio.timeout_at(min(request.deadline, app.loop.time() + SETTLE_SECONDS)):
+            await seen.wait()
+    except TimeoutError:
+        raise DeadlineExceeded(f"VM {app.name}: system_reset was accepted, but no RESET event has come") from None
+    finally:
+        unlisten()
+    return _state(app)
+
+
+async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
+    """Let go of the VM, which runs on. If it has no definition, vmloop forgets it."""
+    del request
+    if app.vm.alive:
+        app.vm.detach()
+    elif app.paths.definition.exists():
+        raise NotRunning(
+            f"VM {app.name} does not run (it is {app.vm.state.state.value}): there is nothing to let go of"
+        )
+    app.forget = not app.paths.definition.exists()
+    app.vm.gone.set()
+    return {"name": app.name}
+
+
+async def _ask(app: App, request: Request, command: str, intent: str, met: Any) -> dict[str, Any]:
+    """Send a command and wait for the state that its event brings; what query-status says if none comes."""
+    vm = app.vm
+    session = vm.require_session()
+    vm.intent = intent
+    try:
+        await session.execute(command, seconds=request.deadline - app.loop.time(), reading=False)
+        if not met():
+            await vm.settle_by_query(min(request.deadline, app.loop.time() + SETTLE_SECONDS))
+    finally:
+        vm.intent = ""
+    return _state(app)
+
+
+async def _wait_gone_or_quit(app: App, until: float) -> None:
+    """Wait for the end. A QEMU that stays after its guest has powered off is told to quit."""
+    vm = app.vm
+    off = await vm.wait_until(lambda: vm.gone.is_set() or vm.state.state is VmState.SHUTDOWN, until)
+    if not off:
+        raise DeadlineExceeded(
+            f"VM {app.name}: the guest was asked to power down and has not done so; it may ignore the power button. "
+            "Stop it with force, or kill it"
+        )
+    if not await vm.wait_until(vm.gone.is_set, min(until, app.loop.time() + QUIT_AFTER)):
+        await vm.require_session().execute("quit", seconds=until - app.loop.time(), reading=False)
+        if not await vm.wait_until(vm.gone.is_set, until):
+            raise DeadlineExceeded(f"VM {app.name}: the guest is off, but QEMU has not ended; kill it")
+
+
+async def _quit_instead(app: App, why: str, deadline: float) -> None:
+    try:
+        await app.vm.require_session().execute("quit", seconds=deadline - app.loop.time(), reading=False)
+    except VmloopError as error:
+        if not await app.vm.wait_until(app.vm.gone.is_set, min(deadline, app.loop.time() + SETTLE_SECONDS)):
+            raise Denied(
+                f"{why}, and 'quit' did not end it ({error}); detach it and attach it again with --pid"
+            ) from error
+
+
+def _state(app: App) -> dict[str, Any]:
+    return {"state": app.vm.state.state.value, "reason": app.vm.state.reason}
+
+
+def _run_facts(app: App) -> dict[str, Any]:
+    vm = app.vm
+    epoch = vm.run.epoch if vm.run is not None else 0
+    pid = vm.process.pid if vm.process is not None else None
+    return {"name": app.name, **_state(app), "epoch": epoch, "pid": pid}

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of a worker. To add one: the function in its family's file, a row here, a line in docs/operations.md, a test."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from . import definition, lifecycle, monitor
+from .request import Lane, NoArguments, Verb
+
+_ROWS: Final = (
+    Verb("start", lifecycle.StartArguments, Lane.TURN, run=lifecycle.start),
+    Verb("attach", lifecycle.AttachArguments, Lane.TURN, run=lifecycle.attach),
+    Verb("stop", lifecycle.StopArguments, Lane.OWN, run=lifecycle.stop),
+    Verb("kill", NoArguments, Lane.OWN, run=lifecycle.kill),
+    Verb("pause", NoArguments, Lane.TURN, run=lifecycle.pause),
+    Verb("resume", NoArguments, Lane.TURN, run=lifecycle.resume),
+    Verb("reset", NoArguments, Lane.TURN, run=lifecycle.reset),
+    Verb("detach", NoArguments, Lane.TURN, run=lifecycle.detach),
+    Verb("define", definition.DefineArguments, Lane.TURN, run=definition.define),
+    Verb("undefine", definition.UndefineArguments, Lane.TURN, run=definition.undefine),
+    Verb("qmp", monitor.QmpArguments, Lane.TURN, direct=monitor.qmp),
+    Verb("hmp", monitor.HmpArguments, Lane.TURN, direct=monitor.hmp),
+    Verb("events", monitor.EventsArguments, Lane.READ, run=monitor.events),
+)
+
+VERBS: Final = {verb.op: verb for verb in _ROWS}

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One VM: its run from start or attach to its end, its states, its monitor, its process. The heart of a worker; used by app.py and verbs/.
+
+    start ── launch.py ──►┐
+    attach ── adopt.py ──►├─ session up ─ query-status ─► states follow events ─► end: see `_finish`
+    resume (new worker) ─►┘
+
+The end, in this order: read the monitor to its end; deliver what was read; close the monitor; settle the final state and its reason;
+publish it; release files. Only a process known to be gone is gone: a monitor that is lost makes the VM `unknown`, and is sought again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from enum import IntFlag
+from typing import Any, Final
+
+import msgspec
+import tenacity
+
+from ..common.definition import Definition, definition_to_toml
+from ..common.errors import (
+    AlreadyRunning,
+    DeadlineExceeded,
+    LaunchFailed,
+    MonitorLost,
+    NotRunning,
+    QmpError,
+    VmloopError,
+)
+from ..common.names import VmName
+from ..common.page import Page, Word
+from ..common.paths import VmPaths
+from ..common.settings import WorkerSettings
+from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
+from .events import EventLog
+from .keeper import Keeper
+from .qemu.adopt import connect_monitor, find_process
+from .qemu.launch import launch, log_tail
+from .qemu.process import QemuProcess, describe_exit
+from .qmp.framing import LineReader
+from .qmp.ledger import Owed
+from .qmp.session import Command, Done, QmpSession
+from .runfile import Run, RunEnd, boot_id, clear_run_directory, read_run, write_run
+from .transitions import Move, of_end, of_event, of_status
+
+log = logging.getLogger(__name__)
+
+# QEMU closes its monitor a moment before it has ended: wait this long before a closed monitor means trouble.
+END_GRACE: Final = 2.0
+# query-status of a QEMU that has just negotiated; its main loop may be loading an image.
+STATUS_SECONDS: Final = 10.0
+
+_STATES: Final = tuple(VmState)
+
+
+class Fact(IntFlag):
+    """What the next worker must know of the run; kept on the page."""
+
+    STARTED = 1  # it came up once
+    SHUTDOWN_SEEN = 2
+    KILLED = 4  # vmloop ended it
+
+
+class Vm:
+    """The VM of this worker. All methods run on the worker's loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        name: VmName,
+        paths: VmPaths,
+        settings: WorkerSettings,
+        page: Page,
+        events: EventLog,
+        keeper: Keeper,
+        on_status: Callable[[], None],
+        inherit: Callable[[Owed], Done | None],
+    ) -> None:
+        """`on_status` is called whenever something that `list` shows has changed.
+
+        `inherit` gives for a command that an earlier worker sent whom to tell its answer; None if nobody waits for it.
+        """
+        self.name = name
+        self.paths = paths
+        self.events = events
+        self.loop = loop
+        self.settings = settings
+        self.run: Run | None = read_run(paths.run_file)
+        self.session: QmpSession | None = None
+        self.process: QemuProcess | None = None
+        self.intent = ""  # the reason that the next state change has, set by who asks for it
+        self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
+        self.detached = False
+        self._page = page
+        self._keeper = keeper
+        self._on_status = on_status
+        self._inherit = inherit
+        self._ending = False
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._waiters: list[Callable[[], None]] = []
+        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
+            first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
+        elif self.run is not None and self.run.ended is None:
+            first = Move(VmState.UNKNOWN, "not looked at yet")
+        else:
+            first = _after_end(self.run)
+        self.state = StateHolder(f"VM {name}", first.state, VM_MOVES, self._on_state, first.reason)
+        self.monitor = StateHolder(f"monitor of {name}", MonitorState.LOST, MONITOR_MOVES, self._on_monitor)
+
+    # -- what others ask ----------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a run that is not known to be over."""
+        return self.run is not None and self.run.ended is None
+
+    @property
+    def since(self) -> float:
+        """When the VM entered its state, seconds since 1970."""
+        micros: int = self._page.words[Word.SINCE]
+        return micros / 1e6
+
+    def fact(self, fact: Fact) -> bool:
+        return bool(self._page.words[Word.FACTS] & fact)
+
+    def note(self, fact: Fact) -> None:
+        """Remember a fact of this run, for this worker and the next."""
+        self._page.words[Word.FACTS] |= fact
+
+    def require_session(self) -> QmpSession:
+        """The monitor's session. `NotRunning` without a run, `MonitorLost` without a connection."""
+        if self.session is not None:
+            return self.session
+        if not self.alive:
+            raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
+        raise MonitorLost(f"VM {self.name}: no connection to its monitor ({self.monitor.reason}); it is sought again")
+
+    async def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Wait until a condition on states holds; False if the deadline (loop time) comes first."""
+        if condition():
+            return True
+        met: asyncio.Future[None] = self.loop.create_future()
+
+        def look() -> None:
+            if not met.done() and condition():
+                met.set_result(None)
+
+        self._waiters.append(look)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await met
+        except TimeoutError:
+            return condition()
+        finally:
+            self._waiters.remove(look)
+        return True
+
+    async def settle_by_query(self, deadline: float) -> None:
+        """Ask QEMU for the state: an event that should have come has not."""
+        seconds = deadline - self.loop.time()
+        move = of_status(await self.require_session().execute("query-status", seconds=seconds))
+        if move.state is not self.state.state and self.state.can(move.state):
+            self.state.move(move.state, self.intent or move.reason)
+
+    # -- start --------------------------------------------------------------------------------------------------------------
+
+    async def start(self, definition: Definition, *, paused: bool, deadline: float) -> None:
+        """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`; then the VM is shut off."""
+        self._refuse_second_run()
+        migrates_in = "-incoming" in definition.qemu.args
+        wanted_stopped = paused or "-S" in definition.qemu.args
+        epoch = self._begin_run("booted")
+        run = Run(
+            epoch=epoch,
+            boot_id=boot_id(),
+            started=time.time(),
+            monitor=os.fspath(self.paths.monitor_socket),
+            agent=os.fspath(self.paths.agent_socket) if definition.agent.enabled else None,
+            may_kill=True,
+            binary=definition.qemu.binary,
+            definition=definition_to_toml(definition).decode(),
+        )
+        try:
+            self._save(run)
+            launched = launch(definition, self.paths, epoch, stopped=not migrates_in, log_bytes=self.settings.log_bytes)
+        except OSError as error:
+            self._settle(Move(VmState.SHUTOFF, "failed"), f"{error}")
+            raise LaunchFailed(f"VM {self.name}: {error}", log="") from error
+        except VmloopError as error:
+            self._settle(Move(VmState.SHUTOFF, "failed"), str(error))
+            raise
+        self._hold(launched.process)
+        self._save(msgspec.structs.replace(run, process=launched.process.identity, argv=launched.argv))
+        try:
+            await self._bring_up(launched.monitor, min(deadline, self.loop.time() + self.settings.launch))
+            if not wanted_stopped and not migrates_in:
+                self.intent = "booted"
+                await self.require_session().execute("cont", seconds=deadline - self.loop.time(), reading=False)
+        except VmloopError as error:
+            await self._abandon_launch(error)
+        self.intent = ""
+
+    async def attach(self, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
+        """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
+        self._refuse_second_run()
+        connection = connect_monitor(qmp)
+        try:
+            found = find_process(connection, pid)
+        except VmloopError:
+            connection.close()
+            raise
+        epoch = self._begin_run("attached")
+        self._save(
+            Run(
+                epoch=epoch,
+                boot_id=boot_id(),
+                started=time.time(),
+                process=found.process.identity if found.process else None,
+                monitor=qmp,
+                agent=agent,
+                launched=False,
+                may_kill=found.may_kill,
+            )
+        )
+        if found.process is not None:
+            self._hold(found.process)
+        try:
+            await self._bring_up(connection, min(deadline, self.loop.time() + self.settings.launch))
+        except VmloopError as error:
+            self._let_go()
+            self._settle(Move(VmState.SHUTOFF, "failed"), str(error))
+            raise
+
+    async def resume(self, kept: socket.socket | None) -> None:
+        """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
+        run = self.run
+        assert run is not None
+        if not self._find_again(run):
+            if kept is not None:
+                self._take_over(kept, run)
+            self._finish("it ended while no worker watched")
+        elif kept is not None:
+            self._take_over(kept, run)
+        else:
+            self._seek_monitor()
+
+    # -- the run --------------------------------------------------------------------------------------------------------------
+
+    def _refuse_second_run(self) -> None:
+        if self.alive:
+            raise AlreadyRunning(f"VM {self.name} is {self.state.state.value} already")
+        last = self.run
+        if last is not None and last.process is not None and last.boot_id == boot_id():
+            try:
+                QemuProcess(last.process).close()
+            except Exception:  # noqa: BLE001, S110 - gone or another process: both mean that the old run is over
+                pass
+            else:
+                raise AlreadyRunning(
+                    f"VM {self.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
+                )
+
+    def _begin_run(self, reason: str) -> int:
+        epoch = (self.run.epoch if self.run is not None else 0) + 1
+        self.events.begin_epoch(epoch)
+        self._page.words[Word.FACTS] = 0
+        self._page.words[Word.QMP_ID] = 0
+        self._ending = False
+        self.state.move(VmState.STARTING, reason)
+        return epoch
+
+    def _save(self, run: Run) -> None:
+        self.run = run
+        write_run(self.paths.run_file, run)
+
+    def _hold(self, process: QemuProcess) -> None:
+        self.process = process
+        self.loop.add_reader(process.fileno(), self._finish, "")
+
+    async def _bring_up(self, connection: socket.socket, deadline: float) -> None:
+        """Negotiate on a fresh connection and take the VM's state from query-status."""
+        session = self._open_session(connection)
+        await session.negotiate(deadline - self.loop.time())
+        assert self.run is not None
+        version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
+        self._save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
+        self._keeper.keep("monitor", connection.fileno())
+        try:
+            status = await session.execute("query-status", seconds=deadline - self.loop.time())
+            move = of_status(status)
+        except QmpError:  # no VM inside: qemu-storage-daemon and the like
+            move = Move(VmState.RUNNING, "unknown")
+        self.note(Fact.STARTED)
+        if self.state.can(move.state):
+            self.state.move(move.state, move.reason)
+
+    def _open_session(self, connection: socket.socket) -> QmpSession:
+        reader = LineReader(connection, self._page, self.paths, self.events, self.settings.max_reply)
+        self.monitor.move(MonitorState.CONNECTING, "connected")
+        self.session = QmpSession(self.loop, connection, reader, self._page, self.settings, self)
+        return self.session
+
+    async def _abandon_launch(self, error: VmloopError) -> None:
+        """QEMU did not come up: make sure that it is gone, and say what it printed."""
+        process = self.process
+        ended_by_itself = process is None or process.ended()
+        if process is not None:
+            process.kill()
+            if not await self.wait_until(self.gone.is_set, self.loop.time() + END_GRACE):
+                raise DeadlineExceeded(
+                    f"VM {self.name}: {error}; its QEMU (pid {process.pid}) does not end either"
+                ) from error
+        tail = log_tail(self.paths)
+        why = f"QEMU {self._exit_text}" if ended_by_itself and self._exit_text else str(error)
+        last = tail.splitlines()[-1] if tail else "nothing was printed"
+        raise LaunchFailed(f"VM {self.name} did not start: {why}: {last}", log=tail) from error
+
+    # -- taking over -----------------------------------------------------------------------------------------------------------
+
+    def _find_again(self, run: Run) -> bool:
+        """Hold the run's process again. False if it is known to be gone."""
+        if run.boot_id != boot_id():
+            return False
+        if run.process is None:
+            return True
+        try:
+            self._hold(QemuProcess(run.process))
+        except Exception as error:  # noqa: BLE001 - gone, or the pid is another process now: the run's process is no more
+            log.info("VM %s: %s", self.name, error)
+            return False
+        return True
+
+    def _take_over(self, connection: socket.socket, run: Run) -> None:
+        connection.setblocking(False)
+        session = self._open_session(connection)
+        session.take_over(oob=run.oob, answer=self._inherit)
+        self._keeper.keep("monitor", connection.fileno())
+
+    def _seek_monitor(self) -> None:
+        """The connection is lost and the process lives, or may live: `unknown` until it answers again."""
+        if self.state.can(VmState.UNKNOWN):
+            self.state.move(VmState.UNKNOWN, "monitor-lost")
+        self._reconnecting = self.loop.create_task(self._reconnect())
+
+    async def _reconnect(self) -> None:
+        assert self.run is not None
+        lost_at = time.time()
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(VmloopError),
+            wait=tenacity.wait_exponential(multiplier=0.05, max=self.settings.reconnect_max_delay),
+        )
+        async for attempt in retrying:
+            with attempt:
+                connection = connect_monitor(self.run.monitor)
+                try:
+                    await self._bring_up(connection, self.loop.time() + self.settings.launch)
+                except VmloopError:
+                    self._drop_session("no answer")
+                    raise
+        self.events.emit(
+            "EVENTS_LOST", {"since": lost_at, "until": time.time(), "reason": "no connection to the monitor"}
+        )
+        self._reconnecting = None
+
+    # -- what the session tells ------------------------------------------------------------------------------------------------
+
+    def on_event(self, name: str, data: dict[str, Any], at: int) -> None:
+        self.events.emit(name, data, "qmp", at)
+        if name == "SHUTDOWN":
+            self.note(Fact.SHUTDOWN_SEEN)
+        elif name == "RESUME":
+            self._page.words[Word.FACTS] &= ~Fact.SHUTDOWN_SEEN
+        move = of_event(self.state.state, name, data, self.intent)
+        if move is not None and self.state.can(move.state):
+            self.state.move(move.state, move.reason)
+
+    def on_monitor_state(self, state: MonitorState, reason: str) -> None:
+        if self.monitor.can(state):
+            self.monitor.move(state, reason)
+
+    def on_late(self, command: Command, reply: dict[str, Any]) -> None:
+        data: dict[str, Any] = {"id": command.request, "command": command.name}
+        data.update((key, reply[key]) for key in ("return", "error") if key in reply)
+        self.events.emit("COMMAND_LATE", data)
+
+    def on_end(self, reason: str) -> None:
+        """The connection ended by itself."""
+        self.session = None
+        self.monitor.move(MonitorState.LOST, reason)
+        if self._ending or (self._reconnecting is not None and not self._reconnecting.done()):
+            return
+        if self.process is not None:
+            self.loop.call_later(END_GRACE, self._seek_if_alive)
+        elif self.fact(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
+            self._finish("it closed its monitor after SHUTDOWN")
+        else:
+            self._seek_monitor()
+
+    def _seek_if_alive(self) -> None:
+        if self.session is None and not self._ending and self.alive and self._reconnecting is None:
+            self._seek_monitor()
+
+    def _on_state(self, old: VmState, new: VmState, reason: str) -> None:
+        self._page.put_state(_STATES.index(new), reason)
+        data = {"old": old.value, "new": new.value, "reason": reason}
+        if self._exit_text and new is VmState.SHUTOFF:
+            data["detail"] = self._exit_text
+        self.events.emit("VM_STATE", data)
+        self._changed()
+
+    def _on_monitor(self, old: MonitorState, new: MonitorState, reason: str) -> None:
+        self.events.emit("MONITOR_STATE", {"old": old.value, "new": new.value, "reason": reason})
+        self._changed()
+
+    def _changed(self) -> None:
+        self._on_status()
+        for look in tuple(self._waiters):
+            look()
+
+    # -- end --------------------------------------------------------------------------------------------------------------------
+
+    _exit_text = ""
+
+    def kill(self) -> None:
+        """SIGKILL through the pidfd. Raises `NotRunning` if no process is known that is surely this VM's."""
+        if self.process is None or self.run is None or not self.run.may_kill:
+            raise NotRunning(f"VM {self.name}: vmloop knows no process that is surely this VM's")
+        self.note(Fact.KILLED)
+        self.process.kill()
+
+    def _finish(self, why: str) -> None:
+        """The run is over: the process is gone, or it said so itself. Called once, on the loop."""
+        if self._ending:
+            return
+        self._ending = True
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        if self.process is not None:
+            self.loop.remove_reader(self.process.fileno())
+        if self.session is not None:
+            self.session.drain()
+        if self.process is not None:
+            self._exit_text = describe_exit(self.process.status())
+        killed, started = self.fact(Fact.KILLED), self.fact(Fact.STARTED)
+        move = of_end(killed=killed, started=started, shutdown_seen=self.fact(Fact.SHUTDOWN_SEEN))
+        self._settle(move, why or f"QEMU {self._exit_text}")
+
+    def _settle(self, move: Move, detail: str) -> None:
+        """Write down and publish the final state, and release what the run had."""
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+        self._exit_text = self._exit_text or detail
+        self.state.move(move.state, move.reason)
+        assert self.run is not None
+        try:
+            self._save(msgspec.structs.replace(self.run, ended=RunEnd(move.state.value, move.reason, time.time())))
+        except OSError as error:
+            log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
+        self._keeper.drop()
+        clear_run_directory(self.paths.run)
+        self.gone.set()
+        self._changed()
+
+    def detach(self) -> None:
+        """Let go of a running VM: it goes on without vmloop."""
+        self._ending = True
+        self.detached = True
+        self._let_go()
+        if self.state.can(VmState.UNKNOWN):
+            self.state.move(VmState.UNKNOWN, "detached")
+        assert self.run is not None
+        self._save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
+        self._keeper.drop()
+        self.gone.set()
+        self._changed()
+
+    def _let_go(self) -> None:
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        self._drop_session("detached")
+        if self.process is not None:
+            self.loop.remove_reader(self.process.fileno())
+            self.process.close()
+            self.process = None
+
+    def _drop_session(self, reason: str) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            session.close(reason)
+        if self.monitor.can(MonitorState.LOST):
+            self.monitor.move(MonitorState.LOST, reason)
+
+    def leave(self) -> None:
+        """The worker ends and the VM runs on: everything stays as it is for the next worker."""
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+
+
+def _after_end(run: Run | None) -> Move:
+    if run is None or run.ended is None:
+        return Move(VmState.SHUTOFF, "unknown")
+    # A detached VM is not vmloop's any more; for a new start it counts as shut off, once its process is gone.
+    return Move(VmState.SHUTOFF, run.ended.reason)
