@@ -60,6 +60,8 @@ DEFAULT_TIMEOUT: Final = 30.0  # design, section 5
 MAX_TIMEOUT: Final = 3600.0
 # A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
 WORKER_GRACE: Final = 0.25
+# A process's end is seen at once, its last messages come through a socket and a thread: this long they are waited for.
+LAST_WORDS: Final = 0.02
 
 _REQUEST: Final = int(Kind.REQUEST)
 _PARTIAL: Final = int(Kind.PARTIAL)
@@ -306,7 +308,10 @@ class Core:
         if message.kind is Kind.BYE:
             vm.worker.move(WorkerState.LEAVING, "goodbye")
             vm.due = None
-        return self.on_vm_changed(vm, now)
+        self.on_vm_changed(vm, now)
+        if message.kind is Kind.BYE and vm.exited:
+            self._left(vm, now)
+        return None
 
     def _take_status(self, vm: VmEntry, status: dict[str, Any]) -> None:
         status["run"] = status.get("started") is not None
@@ -329,6 +334,7 @@ class Core:
         if not same and vm.incarnation:
             vm.restarts += 1
         vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None
+        vm.exited = False
         vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
         self._watches.discard(name)
         inherited = status.pop("inherited", [])
@@ -358,6 +364,7 @@ class Core:
 
     def _make_worker(self, vm: VmEntry, now: float, why: str) -> None:
         vm.worker.move(WorkerState.STARTING, why)
+        vm.exited = False
         vm.due = now + self.settings.broker.worker_hello
         self._watches.add(vm.name)
         self.actions.append(Fork(vm.name))
@@ -386,20 +393,27 @@ class Core:
         vm = self.roster.get(name)
         if vm is None or vm.worker_pid != pid:
             return
-        left = vm.worker.state is WorkerState.LEAVING
+        vm.exited = True
+        if vm.worker.state is WorkerState.LEAVING:
+            self._left(vm, now)
+        else:
+            vm.due = now + LAST_WORDS
+            self._watches.add(name)
+
+    def _died(self, vm: VmEntry, now: float) -> None:
+        """A worker has ended, and no goodbye of its was on the way."""
+        pid = vm.worker_pid
         if counts_as_stable(now - vm.born, self.settings.restart):
             vm.deaths = 0
         self.roster.absent(vm)
-        if left:
-            self._left(vm, now)
-        else:
-            self.actions.append(
-                Publish(host_topic("WORKER_LOST"), pack({"vm": name, "event": "WORKER_LOST", "pid": pid}))
-            )
-            self._lost(vm, now, f"worker {pid} ended without a goodbye")
+        body = {"vm": vm.name, "event": "WORKER_LOST", "data": {"pid": pid}, "origin": "vmloop"}
+        self.actions.append(Publish(host_topic("WORKER_LOST"), pack(body)))
+        self._lost(vm, now, f"worker {pid} ended without a goodbye")
 
     def _left(self, vm: VmEntry, now: float) -> None:
         """A worker that had said goodbye is gone. Whatever was sent to it after that was never taken up, so it may go to the next one."""
+        self.roster.absent(vm)
+        vm.due = None
         vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
         pending = [entry for entry in self.inflight.of_vm(vm.name) if entry.waits_for is None]
         for entry in pending:
@@ -466,8 +480,13 @@ class Core:
                 self._watches.discard(name)
             elif vm.due <= now:
                 self._watches.discard(name)
-                if vm.worker.state is WorkerState.LOST:
+                if vm.exited and vm.worker.state is WorkerState.READY:
+                    self._died(vm, now)
+                elif vm.worker.state is WorkerState.LOST:
                     self._make_worker(vm, now, "its delay is over")
+                elif vm.worker.state is WorkerState.STARTING and vm.exited:
+                    self.roster.absent(vm)
+                    self._lost(vm, now, "it ended before it presented itself")
                 elif vm.worker.state is WorkerState.STARTING:
                     log.error("VM %s: its worker has not presented itself in time; it is ended", name)
                     self.actions.append(KillWorker(name))

@@ -44,7 +44,8 @@ class VmEntry:
         self.incarnation = 0
         self.worker_pid: int | None = None
         self.born: float = 0.0  # when the worker presented itself (monotonic)
-        self.due: float | None = None  # STARTING: when to give up; LOST: when to try again
+        self.due: float | None = None  # STARTING: give up; LOST: try again; exited: nothing more will come
+        self.exited = False  # its end has been seen, its last words perhaps not
         self.deaths = 0  # in a row
         self.restarts = 0
         self.requests = 0  # sent to workers so far

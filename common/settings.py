@@ -29,7 +29,7 @@ class RestartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     first_delay: Seconds = 0.2  # before the second restart in a row; the first one waits for nothing
     max_delay: Seconds = 30.0
-    stable_after: Seconds = 60.0  # a worker that lived this long starts the row anew
+    stable_after: Seconds = 10.0  # a worker that lived this long starts the row anew
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -86,19 +86,68 @@ def test_bootstrap_refuses_what_it_does_not_know() -> None:
     assert "usage" in done.stderr
 
 
-def test_bootstrap_elsewhere_says_what_is_needed_and_fails_only_when_strict(tmp_path: Path) -> None:
-    (tmp_path / "bash").symlink_to("/bin/bash")
-    for arguments, code in (([], 0), (["--strict"], 1)):
-        done = subprocess.run(
-            ["/bin/bash", ROOT / "deploy/bootstrap", *arguments],
-            env={"PATH": str(tmp_path)},  # no apt-get, no dpkg-query
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        assert done.returncode == code
-        assert "qemu-system-x86" in done.stderr
+def bootstrap(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run deploy/bootstrap with no other programs than those in a folder."""
+    return subprocess.run(
+        ["/bin/bash", ROOT / "deploy/bootstrap", *arguments],
+        env={"PATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def fake_debian(folder: Path, *, missing: str, apt_get: str) -> Path:
+    """Programs of a Debian on which one package is missing until the file `installed` is there."""
+    (folder / "bin").mkdir()
+    for name in ("env", "timeout", "touch"):
+        (folder / "bin" / name).symlink_to(f"/usr/bin/{name}")
+    program(folder / "bin/dpkg", "echo amd64")
+    program(
+        folder / "bin/dpkg-query",
+        f'if [[ "${{@: -1}}" == "{missing}" && ! -e {folder}/installed ]]; then exit 1; fi; echo -n installed',
+    )
+    program(folder / "bin/apt-get", f'echo "apt-get $*" >> {folder}/calls\n{apt_get}')
+    program(folder / "bin/sudo", 'if [[ "$2" == true ]]; then exit 0; fi; exec "${@:2}"')
+    return folder / "bin"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--strict"], 1)])
+def test_bootstrap_elsewhere_says_what_is_needed_and_fails_only_when_strict(
+    tmp_path: Path, arguments: list[str], code: int
+) -> None:
+    done = bootstrap(tmp_path, *arguments)  # no apt-get, no dpkg-query
+    assert done.returncode == code
+    assert "qemu-system-x86" in done.stderr
+
+
+def test_bootstrap_does_nothing_where_all_is_there(tmp_path: Path) -> None:
+    done = bootstrap(fake_debian(tmp_path, missing="none", apt_get="exit 1"), "--strict")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "calls").exists()
+
+
+def test_bootstrap_installs_only_what_is_missing(tmp_path: Path) -> None:
+    apt_get = f'if [[ "$*" == *install* ]]; then touch {tmp_path}/installed; fi'
+    done = bootstrap(fake_debian(tmp_path, missing="cpio", apt_get=apt_get), "--strict")
+    assert done.returncode == 0, done.stderr
+    update, install = (tmp_path / "calls").read_text().splitlines()
+    assert update.endswith(" update")
+    assert install.endswith(" install -y --no-install-recommends cpio")
+    assert "DPkg::Lock::Timeout=300" in install
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--strict"], 1)])
+def test_bootstrap_that_cannot_install_prints_the_one_command(tmp_path: Path, arguments: list[str], code: int) -> None:
+    done = bootstrap(fake_debian(tmp_path, missing="cpio", apt_get="exit 100"), *arguments)
+    assert done.returncode == code
+    assert "run: sudo apt-get install -y --no-install-recommends cpio\n" in done.stderr
 
 
 def test_the_service_unit_lets_workers_and_vms_outlive_the_broker() -> None:
