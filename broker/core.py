@@ -153,8 +153,8 @@ class Core:
         return None
 
     def _mmi_status(self, service: str) -> str:
-        there = service == HOST_SERVICE or service.encode() in self.roster.by_service
-        return "200" if there else "404"
+        vm = self.roster.by_service.get(service.encode())
+        return "200" if service == HOST_SERVICE or (vm is not None and vm.known) else "404"
 
     # -- dispatch -----------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Core:
             return
         name = vm_of_service(service)
         vm = self.roster.get(name)
-        if vm is None:
+        if vm is None or not vm.known:
             raise NoSuchVm(f"there is no VM {name!r}; 'vmloop list' shows all, 'vmloop define' makes one")
         if not self._goes_to_worker(entry.op):
             self.on_lookup(entry, vm, frame, seconds, now)

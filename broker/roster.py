@@ -63,7 +63,7 @@ class VmEntry:
     @property
     def known(self) -> bool:
         """Whether there is anything behind the name: a definition, or a run that is or was."""
-        return bool(self.status.get("defined") or self.status.get("run"))
+        return not self.status.get("forget") and bool(self.status.get("defined") or self.status.get("run"))
 
     def summary(self, now: float, blocked: float) -> dict[str, Any]:
         """One entry of `list`."""

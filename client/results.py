@@ -76,7 +76,7 @@ class QmpSummary(msgspec.Struct, frozen=True):
 class VmDetails(VmSummary, frozen=True):
     """Answer of `show`."""
 
-    definition: dict[str, Any] | None = None
+    definition: Any = None  # TOML text, as the operator wrote it
     argv: list[str] | None = None
     binary: str | None = None
     qmp: QmpSummary | None = None

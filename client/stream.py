@@ -40,14 +40,14 @@ FIRST_CHECK: Final = 0.1
 MAX_CHECK: Final = 5.0
 
 
-class Event(msgspec.Struct, frozen=True):
-    """One event. `time` is in microseconds since 1970; `vm` is empty for an event of the host."""
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One event, its fields in the order of the wire. `time` is in microseconds since 1970; `vm` is empty for an event of the host."""
 
-    event: str
     vm: str = ""
     epoch: int = 0
     seq: int = 0
     time: int = 0
+    event: str
     data: Any = None
     origin: str = ""
 
@@ -86,7 +86,8 @@ def lost(vm: str, after: Cursor, last: Cursor) -> Event:
     data: dict[str, Any] = {"after": str(after), "last": str(last)}
     if after.epoch == last.epoch:
         data["count"] = last.seq - after.seq
-    return Event(EVENTS_LOST, vm, last.epoch, last.seq, time.time_ns() // 1000, data, "vmloop")
+    now = time.time_ns() // 1000
+    return Event(vm=vm, epoch=last.epoch, seq=last.seq, time=now, event=EVENTS_LOST, data=data, origin="vmloop")
 
 
 class Stream:

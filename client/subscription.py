@@ -16,7 +16,7 @@ import zmq
 from ..common.cursor import Cursor
 from ..common.errors import DeadlineExceeded, NoSuchVm, VmloopError
 from ..common.sockets import watch_connection
-from .lane import readable
+from .lane import connection_lost, readable
 from .stream import (
     BATCH,
     FIRST_CHECK,
@@ -128,7 +128,7 @@ class Events(Iterator[Event]):
             if socket is self._socket:
                 self._receive()
             else:
-                self._watch.recv_multipart(zmq.NOBLOCK)
+                connection_lost(self._watch)
                 # Connected, or lost and soon connected again: what came meanwhile was not published to us.
                 self._check_delay = FIRST_CHECK
                 self._check_at = time.monotonic() + FIRST_CHECK

@@ -145,7 +145,7 @@ class Page:
         return self._text(_REASON_AT)
 
     def _put_text(self, at: int, text: str) -> None:
-        self._map[at : at + _TEXT_BYTES] = text.encode()[: _TEXT_BYTES - 1].ljust(_TEXT_BYTES, b"\0")
+        self._map[at : at + _TEXT_BYTES] = text.encode("utf-8", "replace")[: _TEXT_BYTES - 1].ljust(_TEXT_BYTES, b"\0")
 
     def _text(self, at: int) -> str:
         return bytes(self._map[at : at + _TEXT_BYTES]).split(b"\0", 1)[0].decode("utf-8", "replace")

@@ -50,14 +50,21 @@ def bind_publisher(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.S
     return socket
 
 
-def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, queue: int) -> zmq.Socket[bytes]:
-    """A DEALER that connects, reconnects by itself, and queues nothing for a peer that is not there (IMMEDIATE)."""
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, queue: int
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """A DEALER that connects, reconnects by itself, and queues nothing for a peer that is not there (IMMEDIATE).
+
+    With it comes a PAIR that tells when it has shaken hands with its peer or lost it; that is watched from before the first connection,
+    or a quick first handshake would go unseen.
+    """
     socket = _socket(context, zmq.DEALER, queue)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    watch = watch_connection(socket)
     socket.connect(endpoint)
-    return socket
+    return socket, watch
 
 
 def connect_subscriber(
@@ -74,7 +81,7 @@ def connect_subscriber(
 
 
 def watch_connection(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    """A PAIR that tells when `socket` has shaken hands with its peer or lost it (zmq_socket_monitor)."""
+    """A PAIR that tells when `socket` has shaken hands with its peer or lost it (zmq_socket_monitor). Ask for it before `connect`."""
     pair = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     pair.setsockopt(zmq.LINGER, 0)
     return pair

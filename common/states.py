@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 class VmState(Enum):
     """What a VM is doing, as far as QEMU's own words and its process tell."""
 
-    STARTING = "starting"  # QEMU is being launched or attached; ends in any state but starting
+    STARTING = "starting"  # QEMU is being launched or attached; may become anything
     RUNNING = "running"  # guest CPUs run
     PAUSED = "paused"  # guest CPUs stand still
     SHUTDOWN = "shutdown"  # the guest has powered off, QEMU is still there
-    SHUTOFF = "shutoff"  # the process is known to be gone; only a new start leaves this state
+    SHUTOFF = "shutoff"  # the process is known to be gone; only a new run leaves this state
     CRASHED = "crashed"  # the guest panicked and QEMU is still there
     PMSUSPENDED = "pmsuspended"  # the guest has suspended itself to memory
-    UNKNOWN = "unknown"  # cannot be reached; never read as gone
+    UNKNOWN = "unknown"  # cannot be reached, or was let go; never read as gone
 
 
 class MonitorState(Enum):
@@ -58,7 +58,7 @@ VM_MOVES: Mapping[VmState, frozenset[VmState]] = {
     VmState.SHUTDOWN: frozenset(_reachable - {VmState.SHUTDOWN}),
     VmState.CRASHED: frozenset(_reachable - {VmState.CRASHED}),
     VmState.PMSUSPENDED: frozenset(_reachable - {VmState.PMSUSPENDED}),
-    VmState.UNKNOWN: frozenset(_reachable - {VmState.UNKNOWN}),
+    VmState.UNKNOWN: frozenset((_reachable | {VmState.STARTING}) - {VmState.UNKNOWN}),  # a detached VM can be attached again
     VmState.SHUTOFF: frozenset({VmState.STARTING}),
 }
 

@@ -20,11 +20,12 @@ import msgspec
 import zmq
 
 from .. import __version__
+from ..common.definition import definition_from_toml
 from ..common.errors import BadRequest, DeadlineExceeded, Internal, NotRunning, TooLarge, VmloopError
 from ..common.names import VmName, vm_service
 from ..common.pack import MAX_MESSAGE_BYTES, pack
 from ..common.page import Page, Word
-from ..common.paths import Paths
+from ..common.paths import Paths, VmPaths
 from ..common.settings import Settings
 from ..common.sockets import ipc
 from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode
@@ -47,6 +48,8 @@ PROTOCOL: Final = 1  # between broker and worker
 IDLE_SECONDS: Final = 10.0
 # Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
 LAST_ANSWERS_SECONDS: Final = 2.0
+# Verbs keep the deadline themselves, and know what they waited for; this much later they are ended.
+VERB_GRACE: Final = 0.1
 
 
 class App:
@@ -65,6 +68,7 @@ class App:
         self.name = name
         self.paths = paths.vm(name)
         self.order = Order(loop)
+        self.definition = _read_definition(self.paths)  # as it is on disk now; a run keeps the one it was started from
         self.forget = False  # the broker shall not know the VM any more
         self._page = page
         self._service = vm_service(name)
@@ -100,6 +104,8 @@ class App:
             kept.close()
         await self._until_over()
         await self._answer_last()
+        if self.definition is None and self.vm.run is None:
+            self.forget = True  # made for a request that came to nothing
         self._link.send(self._status(Kind.BYE))
         self._link.close()
         self._keeper.close()
@@ -215,7 +221,7 @@ class App:
     async def _run_verb(self, verb: Verb, request: Request, arguments: Any) -> None:
         assert verb.run is not None
         try:
-            async with asyncio.timeout_at(request.deadline):
+            async with asyncio.timeout_at(request.deadline + VERB_GRACE):
                 if verb.lane is Lane.TURN:
                     async with self.order.turn(request.op, request.deadline):
                         result = await verb.run(self, request, arguments)
@@ -277,6 +283,7 @@ class App:
                 f"{request.op}: the result has {len(body)} bytes, a message {MAX_MESSAGE_BYTES} at most; ask for less"
             )
             kind, body = Kind.ERROR, pack(TooLarge(text, limit=MAX_MESSAGE_BYTES).to_wire())
+        self._send_status_if_due()  # who reads the answer and then asks for the list must see what the answer says
         numbers = self._answers.finish(request.key, kind, body) if request.key else [request.number]
         for number in numbers or [request.number]:
             self._reply(number, kind, body, request.received)
@@ -325,7 +332,7 @@ class App:
             "incarnation": self._page.words[Word.INCARNATION],
             "inherited": self._inherited if kind is Kind.HELLO else [],
             "forget": self.forget,
-            "defined": self.paths.definition.exists(),
+            "defined": self.definition is not None,
             "state": vm.state.state.value,
             "reason": vm.state.reason,
             "since": vm.since,
@@ -337,7 +344,7 @@ class App:
             "attached": run is not None and not run.launched and vm.alive,
             "binary": run.binary if run is not None else None,
             "argv": run.argv if run is not None else None,
-            "definition": run.definition if run is not None else None,
+            "definition": self.definition,
             "qmp": {
                 "version": run.qemu_version if run is not None else None,
                 "path": run.monitor if run is not None else None,
@@ -359,6 +366,18 @@ def _beside_others(request: Request, arguments: Any) -> bool:
     if isinstance(arguments, HmpArguments):
         return False
     return isinstance(arguments, QmpArguments) and (arguments.oob or arguments.command.startswith("query-"))
+
+
+def _read_definition(paths: VmPaths) -> dict[str, Any] | None:
+    if not paths.definition.exists():
+        return None
+    try:
+        definition = definition_from_toml(paths.definition.read_bytes(), str(paths.definition))
+    except (VmloopError, OSError) as error:
+        log.error("%s", error)  # `start` says it to whoever wants to use it
+        return {}
+    builtins: dict[str, Any] = msgspec.to_builtins(definition)
+    return builtins
 
 
 def _no_parts(_: object) -> None:

@@ -29,6 +29,7 @@ from ..common.settings import Settings
 from .app import App
 from .loop import new_loop
 from .qemu.process import identify
+from .runfile import remove_directory
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,9 @@ def _serve(name: VmName, paths: Paths, settings: Settings, page: Page, kept: dic
         loop.close()
         context.term()  # bounded by the sockets' linger
     if app.forget:
-        _remove_run_directory(paths.vm(name))
+        logging.shutdown()
+        for directory in (paths.vm(name).state, paths.vm(name).run):
+            remove_directory(directory)
     return WorkerExit.DONE
 
 
@@ -130,12 +133,6 @@ def _lock(path: Path) -> int | None:
         os.close(fd)
         return None
     return fd
-
-
-def _remove_run_directory(paths: VmPaths) -> None:
-    for entry in os.scandir(paths.run):
-        os.unlink(entry.path)
-    os.rmdir(paths.run)
 
 
 def _name_process(name: str) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from ..common.sockets import WORKER_QUEUE, connect_dealer, edge_fd, ready_events, watch_connection
+from ..common.sockets import WORKER_QUEUE, connect_dealer, edge_fd, ready_events
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ class Link:
         self._limit = outbox
         self._receiving = False
         self._closed = False
-        self._socket = connect_dealer(context, endpoint, WORKER_QUEUE)
-        self._watch = watch_connection(self._socket)
+        self._socket, self._watch = connect_dealer(context, endpoint, WORKER_QUEUE)
         loop.add_reader(edge_fd(self._socket), self._turn)
         loop.add_reader(edge_fd(self._watch), self._on_connection)
         loop.call_soon(self._on_connection)

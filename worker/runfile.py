@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -44,7 +45,7 @@ class Run(msgspec.Struct, frozen=True):
     argv: list[str] = []
     oob: bool = False
     qemu_version: str = ""
-    definition: str = ""  # the TOML that this run was started from
+    definition: dict[str, Any] | None = None  # what this run was started from
     ended: RunEnd | None = None
 
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 import tenacity
 
-from ..common.definition import Definition, definition_to_toml
+from ..common.definition import Definition
 from ..common.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -42,7 +42,7 @@ from .events import EventLog
 from .keeper import Keeper
 from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail
-from .qemu.process import QemuProcess, describe_exit
+from .qemu.process import NotTheProcess, ProcessGone, QemuProcess, describe_exit
 from .qmp.framing import LineReader
 from .qmp.ledger import Owed
 from .qmp.session import Command, Done, QmpSession
@@ -184,7 +184,7 @@ class Vm:
             agent=os.fspath(self.paths.agent_socket) if definition.agent.enabled else None,
             may_kill=True,
             binary=definition.qemu.binary,
-            definition=definition_to_toml(definition).decode(),
+            definition=msgspec.to_builtins(definition),
         )
         try:
             self._save(run)
@@ -259,8 +259,8 @@ class Vm:
         if last is not None and last.process is not None and last.boot_id == boot_id():
             try:
                 QemuProcess(last.process).close()
-            except Exception:  # noqa: BLE001, S110 - gone or another process: both mean that the old run is over
-                pass
+            except (ProcessGone, NotTheProcess):
+                return  # the old run is over
             else:
                 raise AlreadyRunning(
                     f"VM {self.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
@@ -331,7 +331,7 @@ class Vm:
             return True
         try:
             self._hold(QemuProcess(run.process))
-        except Exception as error:  # noqa: BLE001 - gone, or the pid is another process now: the run's process is no more
+        except (ProcessGone, NotTheProcess) as error:  # the pid is nobody, or somebody else: the run's process is no more
             log.info("VM %s: %s", self.name, error)
             return False
         return True
@@ -506,5 +506,5 @@ class Vm:
 def _after_end(run: Run | None) -> Move:
     if run is None or run.ended is None:
         return Move(VmState.SHUTOFF, "unknown")
-    # A detached VM is not vmloop's any more; for a new start it counts as shut off, once its process is gone.
-    return Move(VmState.SHUTOFF, run.ended.reason)
+    # `unknown` is a detached VM: not vmloop's any more, and not known to be gone.
+    return Move(VmState.UNKNOWN if run.ended.state == VmState.UNKNOWN.value else VmState.SHUTOFF, run.ended.reason)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line.
 
-main (entry, errors, exit codes), base (what every command shares), output (plain, JSON, terminal), terminal (rich, imported late), and one file
-per family of commands: broker_process, definitions, power, looking, event_stream, monitor, simulation, shells.
+main (entry, errors, exit codes), base (what every command shares), output (plain and JSON), terminal (rich, imported late), and one
+file per family of commands: broker_process, definitions, power, looking, event_stream, monitor, simulation, shells.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -57,17 +58,19 @@ class Invocation:
         return make_output(self.json)
 
 
-pass_invocation = click.make_pass_decorator(Invocation)
-
-
-def verb(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
     """A command called `name` whose function gets the Invocation first. It accepts `--json` too."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
+        @click.pass_context
+        @wraps(function)
+        def run(context: click.Context, /, **parameters: Any) -> Any:
+            return function(context.obj, **parameters)
+
         json_option = click.option(
             "--json", is_flag=True, expose_value=False, callback=_set_json, help="Print the result alone, as JSON."
         )
-        return click.command(name, **attributes)(json_option(pass_invocation(function)))
+        return click.command(name)(json_option(run))
 
     return decorate
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How results are shown: JSON when asked for, tables and colour on a terminal, else plain aligned lines. Commands call nothing else to print.
+"""How results are shown: JSON when asked for, tables and colour on a terminal, else plain aligned lines. Every command prints through it.
 
 Text that comes from QEMU or a guest is hostile: control characters are never sent to a terminal.
 """
@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -73,7 +73,7 @@ class Output:
     def facts(self, facts: Mapping[str, str]) -> None:
         """`name: value` lines."""
         for name, text in facts.items():
-            self.line(f"{name}: {text}")
+            self.line(f"{name}: " + text.strip().replace("\n", "\n  "))
 
     def event(self, at: str, vm: str, cursor: str, event: str, data: str) -> None:
         """One event on one line."""

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output on a terminal: tables, colour, spinners and progress bars. Imported by output.py when standard output is a terminal; rich only when used."""
+"""Output on a terminal: tables, colour, spinners and progress bars. Imported by output.py when standard output is one.
+
+rich is imported when something is shown with it, not before.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -81,7 +84,7 @@ class TerminalOutput(Output):
         self._console().print(line, soft_wrap=True)
 
     def busy(self, what: str) -> AbstractContextManager[None]:
-        return _spinner(self._console(stderr=True), what) if sys.stderr.isatty() else nullcontext()
+        return _spinner(lambda: self._console(stderr=True), what) if sys.stderr.isatty() else nullcontext()
 
     def progress(self, what: str, total: int) -> AbstractContextManager[Progress]:
         return _bar(self._console(stderr=True), what, total) if sys.stderr.isatty() else nullcontext(NoProgress())
@@ -93,12 +96,12 @@ class TerminalOutput(Output):
 
 
 @contextmanager
-def _spinner(console: Console, what: str) -> Iterator[None]:
+def _spinner(console: Callable[[], Console], what: str) -> Iterator[None]:
     done = threading.Event()
 
     def spin() -> None:
         if not done.wait(PATIENCE):
-            with console.status(what):
+            with console().status(what):
                 done.wait()
 
     thread = threading.Thread(target=spin, name="spinner", daemon=True)

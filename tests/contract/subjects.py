@@ -14,12 +14,12 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from vmloop.common.definition import AGENT_ID, MONITOR_ID
 
 from ..conftest import QEMU, require_binary
-from ..fakes.raw_qmp import DEADLINE, RawClient, negotiated
+from ..fakes.raw_qmp import DEADLINE, RawClient, negotiated, until
 
 MACHINE: Final = ["-nodefaults", "-machine", "q35,accel=tcg", "-m", "64", "-display", "none"]
 SIMULATED: Final = [sys.executable, "-m", "vmloop.worker.qemu.simulated"]
@@ -33,8 +33,6 @@ DISK_BYTES: Final = 1 << 20
 
 class Subject(ABC):
     """One process and the monitor that it was given."""
-
-    binary: ClassVar[list[str]]
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -142,8 +140,8 @@ class SimulatedQemu(Subject):
     """The stand-in."""
 
     def command(self) -> list[str]:
-        # The guest of the real one is a firmware without anything to start; it ignores the power button.
-        return [*SIMULATED, *MACHINE, "-simulate", "ignore_powerdown"]
+        # The guest of the real one is a firmware without anything to start: no agent, and it ignores the power button.
+        return [*SIMULATED, *MACHINE, "-simulate", "ignore_powerdown,agent_absent"]
 
     def start_self_stopping(self, *extra: str) -> None:
         self.start(*extra)
@@ -195,16 +193,18 @@ class RealAgent(AgentSubject):
                 require_binary("qemu-ga"),
                 *("--method=unix-listen", f"--path={self.path}"),
                 *("-f", str(self.directory / "qga.pid"), "--statedir", str(self.directory)),
-                "--verbose",
             ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if b"listening" in line or self.path.exists():
-                return
-        raise AssertionError("qemu-ga ended at once")
+        until(self._listens)
+
+    def _listens(self) -> bool:
+        try:
+            RawClient(self.path).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
 
 class SimulatedAgent(AgentSubject):

@@ -43,7 +43,15 @@ def refusal(request: Message, error: VmloopError) -> Message:
 
 
 def event_map(vm: str, epoch: int, seq: int, event: str = "STOP", **data: Any) -> dict[str, Any]:
-    return {"vm": vm, "epoch": epoch, "seq": seq, "time": 1_000_000 + seq, "event": event, "data": data, "origin": "qmp"}
+    return {
+        "vm": vm,
+        "epoch": epoch,
+        "seq": seq,
+        "time": 1_000_000 + seq,
+        "event": event,
+        "data": data,
+        "origin": "qmp",
+    }
 
 
 class NativeBroker:
@@ -122,7 +130,9 @@ class NativeBroker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     # -- its thread ------------------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import json
 import select
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 DEADLINE: Final = 10.0  # seconds; far above what an answer takes, also on a busy machine
 QUIET: Final = 0.3  # seconds in which nothing may come where a test says that nothing comes
+
+LOOK_AGAIN: Final = 0.01  # seconds between two looks
 
 NEGOTIATION: Final = b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}\n'
 
@@ -27,14 +30,20 @@ class RawClient:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(DEADLINE)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self._received = b""
         self._ended = False
 
     def __enter__(self) -> RawClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -94,7 +103,8 @@ class RawClient:
         if self._ended:
             return False
         left = deadline - time.monotonic()
-        assert left > 0 and select.select([self.socket], [], [], left)[0], f"nothing came after {self._received!r}"
+        ready, _, _ = select.select([self.socket], [], [], max(0.0, left))
+        assert ready, f"nothing came after {self._received!r}"
         try:
             data = self.socket.recv(1 << 20)
         except ConnectionResetError:  # the other end had unread input when it closed
@@ -138,6 +148,14 @@ def negotiated(path: Path) -> RawClient:
     client.send(NEGOTIATION)
     assert client.message() == {"return": {}}
     return client
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that cannot be waited for otherwise than by looking."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        select.select([], [], [], LOOK_AGAIN)
 
 
 def refusal(desc: str, kind: str = "GenericError") -> dict[str, Any]:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
 IMPORT_EXCEPTIONS = {
     ("broker/zygote.py", "worker.entry"): "the zygote forks workers, with their imports done",
     ("client/embedded.py", "broker"): "an embedded broker is started from a client",
-    ("client/cli/broker.py", "broker"): "the command `vmloop broker` is the broker",
+    ("client/cli/broker_process.py", "broker"): "the command `vmloop broker` is the broker",
 }
 
 LONG_FILES: dict[str, str] = {}  # file: why it cannot be split

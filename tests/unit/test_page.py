@@ -25,6 +25,7 @@ from vmloop.common.page import (
 )
 
 TASK_WORDS = range(16, 24)
+REASON_WORDS = range(24, 32)
 ALL_ONES = (1 << 64) - 1
 
 
@@ -153,17 +154,38 @@ def test_a_shorter_task_leaves_nothing_of_the_longer_one(path: Path) -> None:
         assert page.task() == "short"
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=100))
-def test_a_task_of_any_length_stays_in_its_place(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=100))
+def test_texts_of_any_length_stay_in_their_places(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     with Page(tmp_path_factory.mktemp("p") / "page", writable=True) as page:
-        page.words[TASK_WORDS.stop] = ALL_ONES
+        page.words[REASON_WORDS.stop] = ALL_ONES
         page.busy(text)
-        whole = text.split("\0")[0]
-        assert whole.startswith(page.task().rstrip("\ufffd")) or "\ufffd" in text
-        if "\0" not in text and len(text.encode()) < 64:
-            assert page.task() == text
-        assert page.words[TASK_WORDS.stop] == ALL_ONES
-        assert page.words[TASK_WORDS.start - 1] == 0
+        assert page.state_reason() == ""
+        page.put_state(3, text)
+        for read in (page.task(), page.state_reason()):
+            if len(text.encode()) < 64:
+                assert read == text
+            else:  # cut at 63 bytes, perhaps within a character
+                assert text.startswith(read.removesuffix("\ufffd"))
+                assert len(read.removesuffix("\ufffd").encode()) >= 60
+        assert page.words[Word.STATE] == 3
+        assert page.words[REASON_WORDS.stop] == ALL_ONES
+        page.busy("short")
+        assert page.task() == "short"
+
+
+def test_a_text_that_is_no_utf8_is_written_all_the_same(path: Path) -> None:
+    with Page(path, writable=True) as page:
+        page.put_state(1, "from \udcff")
+        assert page.state_reason() == "from ?"
+
+
+def test_a_state_is_put_with_the_time(path: Path) -> None:
+    with Page(path, writable=True) as page:
+        before = time.time_ns() // 1000
+        page.put_state(2, "stop")
+        assert before <= page.words[Word.SINCE] <= time.time_ns() // 1000
+    with Page(path, writable=False) as looker:
+        assert (looker.words[Word.STATE], looker.state_reason()) == (2, "stop")
 
 
 # -- the layout -----------------------------------------------------------------------------------------------------------
@@ -173,9 +195,9 @@ def test_words_text_and_ledger_slots_do_not_overlap(path: Path) -> None:
     with Page(path, writable=True) as page:
         owners: dict[int, str] = {int(word): word.name for word in Word}
         assert len(owners) == len(Word)
-        for index in TASK_WORDS:
+        for index in (*TASK_WORDS, *REASON_WORDS):
             assert index not in owners
-            owners[index] = "task"
+            owners[index] = "text"
         for number in range(LEDGER_SLOTS):
             slot = page.slot(number)
             assert len(slot) == LEDGER_SLOT_WORDS

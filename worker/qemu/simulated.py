@@ -240,7 +240,7 @@ def _mon(machine: Machine, text: str) -> None:
 def _qmp(machine: Machine, text: str) -> None:
     kind, _, rest = text.partition(":")
     if kind == "unix":
-        label = f"compat_monitor{len(machine.monitors)}"
+        label = f"compat_monitor{sum(name.startswith('compat_monitor') for name in machine.monitors)}"
         machine.chardevs[label] = _values(rest, "path")
         machine.monitors.append(label)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -33,11 +32,9 @@ class AgentPort(Port):
         super().__init__(listener)
         self._vm = vm
         self._stream = JsonStream()
-        self._queue: deque[Input] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._flood_timer: asyncio.TimerHandle | None = None
         self._flooded_at = 0.0
-        self._booted = False  # the guest has opened the port since its last reset
 
     # -- what the client does --
 
@@ -53,19 +50,14 @@ class AgentPort(Port):
 
     def event(self, name: str, data: dict[str, Any] | None) -> None:  # noqa: ARG002 - Attachment has it
         """Follow the VM's state."""
-        if name == "RESET":
-            self._booted = False
         self.faults_changed(self._vm.faults)
 
     def faults_changed(self, faults: Faults) -> None:
         """Do what is possible now."""
         self.freeze(faults.stuck)  # the main loop carries the bytes
-        if self._vm.agent_open:
-            self._booted = True
-        else:
+        if not self._vm.agent_open:
             self._stream = JsonStream()
-            self._queue.clear()
-        self.hold(not self._vm.running or not self._booted)
+        self.hold(not self._vm.running or not self._vm.agent_driver)
         if faults.agent_flood and self._flood_timer is None:
             self._flooded_at = time.monotonic()
             self._flood()

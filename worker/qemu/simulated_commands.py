@@ -322,7 +322,10 @@ def _x_simulate(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     if wanted.emit is not None:
         for _ in range(wanted.count):
             monitor.vm.emit(wanted.emit.event, wanted.emit.data)
-    monitor.vm.set_faults(faults)
+    if faults.frozen:
+        monitor.vm.freeze_soon(faults)
+    else:
+        monitor.vm.set_faults(faults)
     if wanted.seconds is not None:
         monitor.vm.after_a_while(wanted.seconds, before)
     return msgspec.to_builtins(faults)

@@ -54,7 +54,9 @@ _PLAIN_ESCAPES: Final = {
     "/": "/",
 }
 _WORDS: Final = {b"null": None, b"true": True, b"false": False}
-_PRINTED_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in what the encoder wrote: a printed backslash is one too
+_PRINTED_ESCAPE: Final = re.compile(
+    r"\\(?:u[0-9a-f]{4}|.)"
+)  # in what the encoder wrote: a printed backslash is one too
 
 # The standard encoder, for it separates with ", " and ": " as QEMU does; msgspec's writes no blanks.
 _ENCODER: Final = json.JSONEncoder(check_circular=False)

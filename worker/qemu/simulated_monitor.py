@@ -39,6 +39,7 @@ class MonitorPort(Port):
         self._monitor = Monitor(vm, FdSets(), chardevs)
         self._queue: deque[Input] = deque()
         self._current: Input | None = None  # taken from the queue and being carried out
+        self._current_negotiated = False  # whether its client had negotiated; by its end another one may be there
         self._timer: asyncio.TimerHandle | None = None
         self._fresh_session()
 
@@ -117,7 +118,7 @@ class MonitorPort(Port):
         if self._vm.faults.silent and not own:
             return
         if own or ("exec-oob" in request and "execute" not in request):
-            self._respond(item)
+            self._respond(item, negotiated=self._negotiated)
             return
         self._queue.append(item)
         self._dispatch()
@@ -129,13 +130,14 @@ class MonitorPort(Port):
                 if not self._queue:
                     return
                 self._current = self._queue.popleft()
+                self._current_negotiated = self._negotiated
                 if self._vm.faults.slow:
                     self._timer = asyncio.get_running_loop().call_later(self._vm.faults.slow, self._waited)
                     return
             if self._vm.faults.busy:
                 return
             current, self._current = self._current, None
-            self._respond(current)
+            self._respond(current, negotiated=self._current_negotiated)
 
     def _waited(self) -> None:
         self._timer = None
@@ -144,22 +146,22 @@ class MonitorPort(Port):
 
     # -- one request --
 
-    def _respond(self, item: Input) -> None:
+    def _respond(self, item: Input, *, negotiated: bool) -> None:
         request = item.value
         ids = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
         try:
             if item.error is not None:
                 raise Refused(item.error)
-            value = self._carry_out(request)
+            value = self._carry_out(request, negotiated)
         except Refused as error:
             self._send({**ids, "error": {"class": error.kind, "desc": error.desc}})
         else:
             extra = self._vm.faults.big_reply
             self._send({"return": _padded(value, extra) if extra else value, **ids})
 
-    def _carry_out(self, request: object) -> Any:
+    def _carry_out(self, request: object, negotiated: bool) -> Any:
         name, oob, arguments = check_request(request, oob_enabled=self._oob)
-        if not self._negotiated:
+        if not negotiated:
             if name == "qmp_capabilities":
                 self._oob = wants_oob(arguments)
                 self._negotiated = True

@@ -39,7 +39,7 @@ class Attachment(Protocol):
 
 
 class SimulatedVm:
-    """One VM. `on_end` is called once with the exit status when it is gone, after its ports are closed."""
+    """One VM. `on_end` is called once with the exit status when it is gone, just before its ports are closed."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class SimulatedVm:
         self.status = "prelaunch" if paused else "running"
         self.ended = False
         self.agent_open = False  # the guest's agent has opened its port
+        self.agent_driver = False  # the guest has a driver for it: it has opened it since the last reset
         self.agent_port_id: str | None = None  # the id of the agent's virtserialport; None if the VM has none
         self._faults = faults or Faults()
         self._no_shutdown = no_shutdown
@@ -101,6 +102,10 @@ class SimulatedVm:
         """Put other faults in force."""
         before, self._faults = self._faults, faults
         self._apply_faults(before)
+
+    def freeze_soon(self, faults: Faults) -> None:
+        """Put faults in force when the loop comes round again: a monitor that is told to freeze says yes first."""
+        self._loop.call_soon(self.set_faults, faults)
 
     def after_a_while(self, seconds: float, faults: Faults) -> None:
         """Put faults in force later, so that a VM can be told to freeze and to thaw again."""
@@ -156,8 +161,9 @@ class SimulatedVm:
             self.status = "prelaunch"
         self._power_button = False
         self._cancel("powerdown")
+        self.agent_driver = False
+        self._agent_port(False)  # the devices are reset before the event
         self.emit("RESET", {"guest": guest, "reason": reason})
-        self._agent_port(False)
         if self.running:
             self._guest_boots()
 
@@ -188,10 +194,10 @@ class SimulatedVm:
         for name in list(self._timers):
             self._cancel(name)
         self._postponed.clear()
-        for attachment in self._attachments:
-            attachment.close()
         if self._on_end is not None:
             self._on_end(self, status)
+        for attachment in self._attachments:
+            attachment.close()
 
     # -- the guest --
 
@@ -211,6 +217,7 @@ class SimulatedVm:
         if opened == self.agent_open or self.agent_port_id is None or (opened and self._faults.agent_absent):
             return
         self.agent_open = opened
+        self.agent_driver = self.agent_driver or opened
         if self.agent_port_id:  # QEMU has no event for a port without an id
             self.emit("VSERPORT_CHANGE", {"open": opened, "id": self.agent_port_id})
         for attachment in self._attachments:

@@ -32,6 +32,7 @@ async def define(app: App, request: Request, arguments: DefineArguments) -> dict
     if definition.name != app.name:
         raise BadRequest(f"the definition names {definition.name!r}, the request {app.name!r}")
     write_whole(app.paths.definition, definition_to_toml(definition))
+    app.definition = msgspec.to_builtins(definition)
     app.send_status()
     return {"name": app.name}
 
@@ -48,5 +49,6 @@ async def undefine(app: App, request: Request, arguments: UndefineArguments) -> 
             f"VM {app.name}: {error.filename} cannot be removed: {error.strerror}; remove it by hand"
         ) from error
     app.forget = True
+    app.send_status()
     app.vm.gone.set()
     return {"name": app.name}

@@ -130,7 +130,8 @@ async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
         raise NotRunning(
             f"VM {app.name} does not run (it is {app.vm.state.state.value}): there is nothing to let go of"
         )
-    app.forget = not app.paths.definition.exists()
+    app.forget = app.definition is None
+    app.send_status()
     app.vm.gone.set()
     return {"name": app.name}
 

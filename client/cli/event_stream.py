@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`events`: what has happened to VMs, and what happens."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from ...common.errors import BadRequest
+from ..stream import Event
+from .base import Invocation, verb, vms_argument
+from .output import Output, to_json
+
+
+@verb("events")
+@vms_argument
+@click.option("--since", metavar="CURSOR", help="Only what came after EPOCH.SEQ; for one VM.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now.")
+def events(invocation: Invocation, names: tuple[str, ...], since: str | None, follow: bool) -> None:
+    """The recent events of some VMs, or of all; with --json one object a line."""
+    _check_since(names, since)
+    output = invocation.output()
+    with invocation.host() as host, host.events(*names, since=since, follow=follow, recent=since is None) as stream:
+        # Of several VMs the past comes one VM after the other; only where it ends can it be put in order.
+        for event in stream if follow else sorted(stream, key=lambda event: event.time):
+            _print(output, event)
+
+
+def _check_since(names: tuple[str, ...], since: str | None) -> None:
+    from ...common.cursor import parse_cursor
+
+    if since is None:
+        return
+    if len(names) != 1:
+        raise click.UsageError("--since is a cursor of one VM: give its name")
+    try:
+        parse_cursor(since)
+    except BadRequest as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _print(output: Output, event: Event) -> None:
+    if output.as_json:
+        import msgspec
+
+        output.json_line(msgspec.to_builtins(event))
+        return
+    seconds, micro = divmod(event.time, 1_000_000)
+    at = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{micro:06d}"
+    output.event(at, event.vm, str(event.cursor), event.event, to_json(event.data) if event.data else "")
+
+
+COMMANDS = {"events": events}
