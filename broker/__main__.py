@@ -76,7 +76,7 @@ def _run(
             entry = core.roster.add(found.name, found.status)
             entry.epoch = found.epoch
             if found.status.get("alive"):
-                core.adopt(entry, now)
+                core.crew.adopt(entry, now)
         log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
         notifier.ready(f"{len(core.roster)} VMs known")
         loop.run()

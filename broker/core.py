@@ -33,7 +33,7 @@ from ..common.majordomo import (
     is_majordomo,
     parse_request,
 )
-from ..common.names import HOST_SERVICE, VmName, host_topic, vm_of_service
+from ..common.names import HOST_SERVICE, vm_of_service
 from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack_map
 from ..common.settings import Settings
 from ..common.wire import (
@@ -49,9 +49,9 @@ from ..common.wire import (
     forwarded,
     with_id,
 )
-from .actions import Action, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
+from .actions import Action, Publish, ToClient
+from .crew import Crew
 from .inflight import Entry, InFlight
-from .restarts import counts_as_stable, delay_before_restart
 from .roster import Roster, VmEntry, WorkerState
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ DEFAULT_TIMEOUT: Final = 30.0  # design, section 5
 MAX_TIMEOUT: Final = 3600.0
 # A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
 WORKER_GRACE: Final = 0.25
-# A process's end is seen at once, its last messages come through a socket and a thread: this long they are waited for.
-LAST_WORDS: Final = 0.02
+# From the last answer to the end: libzmq throws away what a client has not read yet when its connection is cut.
+FAREWELL: Final = 0.1
 
 _REQUEST: Final = int(Kind.REQUEST)
 _PARTIAL: Final = int(Kind.PARTIAL)
@@ -79,7 +79,15 @@ class Core:
         self.dropped = 0  # messages that could not be answered
         self.finished = False
         self._draining_until: float | None = None
-        self._watches: set[VmName] = set()  # VMs whose worker's state has a `due`
+        self._last_answer = 0.0
+        self.crew = Crew(
+            settings,
+            self.roster,
+            self.inflight,
+            act=lambda action: self.actions.append(action),
+            answer_error=self._answer_error,
+            on_changed=lambda vm, now: self.on_vm_changed(vm, now),
+        )
 
     # -- from clients -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class Core:
         frame = forwarded(frame, entry.number, seconds)
         if entry.reading:
             self.inflight.hold_frame(entry, frame)
-        self._send(entry, vm, frame)
+        self.crew.send(entry, vm, frame)
 
     def wait_for_worker(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
         """Keep a request until the VM has a ready worker, and have one made if none is on its way."""
@@ -210,9 +218,9 @@ class Core:
             self.inflight.take(entry.number)
             raise
         if vm.worker.state is WorkerState.READY:
-            self._send(entry, vm, entry.frame)
+            self.crew.send(entry, vm, entry.frame)
         elif vm.worker.state is WorkerState.ABSENT:
-            self._make_worker(vm, now, "a request came")
+            self.crew.make_worker(vm, now, "a request came")
 
     def _enter(self, entry: Entry, vm: VmEntry | None, deadline: float) -> None:
         name = vm.name if vm is not None else None
@@ -220,14 +228,6 @@ class Core:
         entry.number = self.inflight.next_number()
         entry.vm = name
         self.inflight.add(entry, deadline)
-
-    def _send(self, entry: Entry, vm: VmEntry, frame: bytes) -> None:
-        vm.requests += 1
-        self.actions.append(ToWorker(vm.identity, frame, entry.number))
-        if entry.frame:
-            self.inflight.sent(entry, vm.identity)
-        else:
-            entry.sent_to = vm.identity
 
     def on_undeliverable(self, number: int, *, full: bool) -> None:
         """The loop could not hand a request to its worker."""
@@ -256,6 +256,7 @@ class Core:
             vm.heard = now
             vm.epoch, vm.seq = epoch, seq
         if kind in _ANSWERS:
+            self._last_answer = now
             return self._on_answer(number, kind, frame)
         body_at = HEADER_BYTES + service_len + op_len + key_len
         if body_at > len(frame):
@@ -300,200 +301,38 @@ class Core:
         except BadRequest as error:
             return self._drop(f"a worker's {frame[4]}: {error}")
         if message.kind is Kind.HELLO:
-            return self._on_hello(identity, name, message, status, now)
+            return self.crew.on_hello(identity, name, message, status, now)
         vm = self.roster.by_identity.get(identity)
         if vm is None or vm.name != name:
             return self._drop(f"a worker that is not the one of VM {name} speaks for it")
-        self._take_status(vm, status)
-        if message.kind is Kind.BYE:
-            vm.worker.move(WorkerState.LEAVING, "goodbye")
-            vm.due = None
+        vm.take_status(status)
         self.on_vm_changed(vm, now)
-        if message.kind is Kind.BYE and vm.exited:
-            self._left(vm, now)
+        if message.kind is Kind.BYE:
+            self.crew.on_bye(vm, now)
         return None
-
-    def _take_status(self, vm: VmEntry, status: dict[str, Any]) -> None:
-        status["run"] = status.get("started") is not None
-        vm.status = status
 
     def on_vm_changed(self, vm: VmEntry, now: float) -> None:
         """A VM's status is new: whoever waits for its state; host.py puts its own function here."""
         raise NotImplementedError
-
-    def _on_hello(self, identity: bytes, name: VmName, message: Message, status: dict[str, Any], now: float) -> None:
-        vm = self.roster.add(name)
-        pid, incarnation = _whole(status.get("worker_pid")), _whole(status.get("incarnation"))
-        if vm.worker.state is WorkerState.READY and incarnation < vm.incarnation:
-            log.warning("VM %s: an older worker (pid %d) still speaks; it is told to leave", name, pid)
-            self.actions.append(ToWorker(identity, _control("leave"), 0))
-            return
-        same = vm.worker_pid == pid and vm.incarnation == incarnation
-        if vm.worker_pid != pid:
-            self.actions.append(WatchWorker(name, pid, _whole(status.get("worker_started"))))
-        if not same and vm.incarnation:
-            vm.restarts += 1
-        vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None
-        vm.exited = False
-        vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
-        self._watches.discard(name)
-        inherited = status.pop("inherited", [])
-        self.roster.present(vm, identity)
-        vm.worker.move(WorkerState.READY, f"pid {pid}")
-        self._take_status(vm, status)
-        for entry in self.inflight.of_vm(name):
-            self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [])
-        self.on_vm_changed(vm, now)
-
-    def _settle_with_new_worker(self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object]) -> None:
-        """What becomes of a request when a worker presents itself: the same one, its successor, or the first."""
-        if entry.waits_for is not None:
-            return
-        if entry.sent_to is None:
-            self._send(entry, vm, entry.frame)
-        elif same or entry.number in inherited:
-            entry.sent_to = vm.identity
-        elif entry.reading and entry.frame:
-            self._send(entry, vm, entry.frame)
-        else:
-            self.inflight.take(entry.number)
-            text = f"VM {vm.name}: its worker died while it had '{entry.op}'; look at the VM before you repeat it"
-            self._answer_error(entry, OutcomeUnknown(text), entry.received)
-
-    # -- workers come and go ------------------------------------------------------------------------------------------------
-
-    def _make_worker(self, vm: VmEntry, now: float, why: str) -> None:
-        vm.worker.move(WorkerState.STARTING, why)
-        vm.exited = False
-        vm.due = now + self.settings.broker.worker_hello
-        self._watches.add(vm.name)
-        self.actions.append(Fork(vm.name))
-
-    def adopt(self, vm: VmEntry, now: float) -> None:
-        """Make a worker for a VM that a broker before this one left running, unless its worker presents itself first."""
-        vm.status["alive"] = True
-        if vm.worker.state is WorkerState.ABSENT:
-            self._make_worker(vm, now, "the VM was running")
-
-    def on_forked(self, name: VmName, pid: int) -> None:
-        """The zygote has made the worker; it will present itself."""
-        vm = self.roster.get(name)
-        if vm is not None and vm.worker.state is WorkerState.STARTING:
-            vm.worker_pid = pid
-
-    def on_not_forked(self, name: VmName, error: str, now: float) -> None:
-        """The zygote could not make one (no memory, no processes)."""
-        vm = self.roster.get(name)
-        if vm is not None and vm.worker.state is WorkerState.STARTING:
-            log.error("VM %s: no worker can be made: %s", name, error)
-            self._lost(vm, now, error)
-
-    def on_worker_exit(self, name: VmName, pid: int, now: float) -> None:
-        """A worker's pidfd says that it has ended."""
-        vm = self.roster.get(name)
-        if vm is None or vm.worker_pid != pid:
-            return
-        vm.exited = True
-        if vm.worker.state is WorkerState.LEAVING:
-            self._left(vm, now)
-        else:
-            vm.due = now + LAST_WORDS
-            self._watches.add(name)
-
-    def _died(self, vm: VmEntry, now: float) -> None:
-        """A worker has ended, and no goodbye of its was on the way."""
-        pid = vm.worker_pid
-        if counts_as_stable(now - vm.born, self.settings.restart):
-            vm.deaths = 0
-        self.roster.absent(vm)
-        body = {"vm": vm.name, "event": "WORKER_LOST", "data": {"pid": pid}, "origin": "vmloop"}
-        self.actions.append(Publish(host_topic("WORKER_LOST"), pack(body)))
-        self._lost(vm, now, f"worker {pid} ended without a goodbye")
-
-    def _left(self, vm: VmEntry, now: float) -> None:
-        """A worker that had said goodbye is gone. Whatever was sent to it after that was never taken up, so it may go to the next one."""
-        self.roster.absent(vm)
-        vm.due = None
-        vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
-        pending = [entry for entry in self.inflight.of_vm(vm.name) if entry.waits_for is None]
-        for entry in pending:
-            if entry.spawns or (entry.frame and vm.alive):
-                entry.sent_to = None
-            else:
-                self.inflight.take(entry.number)
-                self._answer_error(entry, NotRunning(f"VM {vm.name} does not run (it is {vm.state})"), entry.received)
-        waiting = any(entry.sent_to is None and entry.waits_for is None for entry in self.inflight.of_vm(vm.name))
-        if waiting or vm.alive:
-            self._make_worker(vm, now, "requests wait" if waiting else "the VM runs on")
-        elif vm.status.get("forget") or not vm.known:
-            self.forget(vm)
-
-    def _lost(self, vm: VmEntry, now: float, why: str) -> None:
-        vm.deaths += 1
-        waiting = any(entry.waits_for is None for entry in self.inflight.of_vm(vm.name))
-        if not vm.alive and not waiting:
-            vm.worker.move(WorkerState.ABSENT, why)
-            self._watches.discard(vm.name)
-            if not vm.known:
-                self.forget(vm)
-            return
-        vm.worker.move(WorkerState.LOST, why)
-        delay = delay_before_restart(vm.deaths, self.settings.restart)
-        if delay:
-            vm.due = now + delay
-            self._watches.add(vm.name)
-        else:
-            self._make_worker(vm, now, "at once")
-
-    def forget(self, vm: VmEntry) -> None:
-        """There is nothing behind this name any more."""
-        for entry in self.inflight.of_vm(vm.name):
-            self.inflight.take(entry.number)
-            self._answer_error(entry, NoSuchVm(f"VM {vm.name} is no more"), entry.received)
-        self._watches.discard(vm.name)
-        self.roster.remove(vm)
-        self.actions.append(Forget(vm.name))
-
-    def on_new_zygote(self) -> None:
-        """A zygote that holds nothing has taken the place of one that died: workers hand it their connections."""
-        for vm in self.roster:
-            if vm.worker.state is WorkerState.READY:
-                self.actions.append(ToWorker(vm.identity, _control("keep"), 0))
 
     # -- time ---------------------------------------------------------------------------------------------------------------
 
     def next_due(self) -> float | None:
         """When `on_tick` has something to do; None: not by itself."""
         if self._draining_until is not None and not len(self.inflight):
-            return 0.0
-        dues = [self.inflight.next_due(), self._draining_until]
-        dues += [vm.due for name in self._watches if (vm := self.roster.get(name)) is not None]
+            return min(self._last_answer + FAREWELL, self._draining_until)
+        dues = (self.inflight.next_due(), self.crew.next_due(), self._draining_until)
         return min((due for due in dues if due is not None), default=None)
 
     def on_tick(self, now: float) -> None:
         """Deadlines of requests and of workers."""
         for entry in self.inflight.take_due(now):
             self._answer_error(entry, self._overdue(entry), now)
-        for name in tuple(self._watches):
-            vm = self.roster.get(name)
-            if vm is None or vm.due is None:
-                self._watches.discard(name)
-            elif vm.due <= now:
-                self._watches.discard(name)
-                if vm.exited and vm.worker.state is WorkerState.READY:
-                    self._died(vm, now)
-                elif vm.worker.state is WorkerState.LOST:
-                    self._make_worker(vm, now, "its delay is over")
-                elif vm.worker.state is WorkerState.STARTING and vm.exited:
-                    self.roster.absent(vm)
-                    self._lost(vm, now, "it ended before it presented itself")
-                elif vm.worker.state is WorkerState.STARTING:
-                    log.error("VM %s: its worker has not presented itself in time; it is ended", name)
-                    self.actions.append(KillWorker(name))
-                    self.roster.absent(vm)
-                    self._lost(vm, now, "it never presented itself")
-        if self._draining_until is not None and (not len(self.inflight) or now >= self._draining_until):
-            self._end_drain(now)
+        self.crew.on_tick(now)
+        if self._draining_until is not None:
+            all_answered = not len(self.inflight) and now >= self._last_answer + FAREWELL
+            if all_answered or now >= self._draining_until:
+                self._end_drain(now)
 
     def _overdue(self, entry: Entry) -> VmloopError:
         vm = self.roster.get(entry.vm) if entry.vm is not None else None
@@ -514,6 +353,7 @@ class Core:
         """Take no more requests; finish when what is in flight is answered, or its time is over. VMs and workers run on."""
         if self._draining_until is None:
             self._draining_until = now + self.settings.broker.drain
+            self._last_answer = now
             for entry in self.inflight:
                 if entry.waits_for is not None:
                     self.inflight.take(entry.number)
@@ -539,6 +379,7 @@ class Core:
         self._answer(entry, Kind.ERROR, pack(error.to_wire()), now)
 
     def _answer(self, entry: Entry, kind: Kind, body: bytes, now: float) -> None:
+        self._last_answer = max(self._last_answer, now)
         vm = self.roster.get(entry.vm) if entry.vm is not None else None
         message = Message(
             kind=kind,
@@ -567,11 +408,3 @@ def _checked_timeout(seconds: float) -> float:
     if not math.isfinite(seconds) or seconds < 0 or seconds > MAX_TIMEOUT:
         raise BadRequest(f"timeout {seconds!r} is not within 0 and {MAX_TIMEOUT:g} seconds")
     return seconds
-
-
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def _control(op: str) -> bytes:
-    return encode(Message(kind=Kind.CONTROL, op=op))

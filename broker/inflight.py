@@ -109,9 +109,9 @@ class InFlight:
         entry.frame = b""
 
     def sent(self, entry: Entry, identity: bytes) -> None:
-        """A held request has gone to a worker; its frame stays only if it may be sent again."""
+        """A held request has gone to a worker; its frame stays only if it may have to be sent again."""
         entry.sent_to = identity
-        if not entry.reading or len(entry.frame) > MAX_REPEATABLE_BYTES:
+        if not entry.spawns and (not entry.reading or len(entry.frame) > MAX_REPEATABLE_BYTES):
             self.release_frame(entry)
 
     def of_vm(self, vm: VmName) -> list[Entry]:

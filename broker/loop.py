@@ -123,17 +123,17 @@ class Loop:
         self._core.drain(now)
 
     def on_forked(self, name: VmName, pid: int) -> None:
-        self._core.on_forked(name, pid)
+        self._core.crew.on_forked(name, pid)
 
     def on_not_forked(self, name: VmName, error: str) -> None:
-        self._core.on_not_forked(name, error, time.monotonic())
+        self._core.crew.on_not_forked(name, error, time.monotonic())
 
     def on_exit(self, name: VmName, pid: int) -> None:
         self._looker.forget(name)
-        self._core.on_worker_exit(name, pid, time.monotonic())
+        self._core.crew.on_exit(name, pid, time.monotonic())
 
     def on_new_zygote(self) -> None:
-        self._core.on_new_zygote()
+        self._core.crew.on_new_zygote()
 
     # -- out ----------------------------------------------------------------------------------------------------------------
 

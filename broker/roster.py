@@ -51,6 +51,11 @@ class VmEntry:
         self.requests = 0  # sent to workers so far
         self.worker = StateHolder(f"worker of {name}", WorkerState.ABSENT, WORKER_MOVES, _nobody_listens)
 
+    def take_status(self, status: dict[str, Any]) -> None:
+        """What a worker says replaces all that was known."""
+        status["run"] = status.get("started") is not None
+        self.status = status
+
     @property
     def state(self) -> str:
         return str(self.status.get("state", "unknown"))

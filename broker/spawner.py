@@ -23,8 +23,7 @@ from ..common.errors import BadRequest
 from ..common.names import VmName
 from ..common.paths import Paths
 from ..common.settings import Settings
-from ..common.zygote_wire import Fork, Forked, NotForked, Packet, Quit, receive_packet, send_packet
-from ..worker.entry import WorkerSpec
+from ..common.zygote_wire import Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
 
 log = logging.getLogger(__name__)
 

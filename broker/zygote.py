@@ -27,8 +27,20 @@ import msgspec
 
 from ..common.errors import BadRequest
 from ..common.log import log_to_file
-from ..common.zygote_wire import Drop, Exited, Fork, Forked, Keep, NotForked, Packet, Quit, receive_packet, send_packet
-from ..worker.entry import WorkerSpec, run_worker
+from ..common.zygote_wire import (
+    Drop,
+    Exited,
+    Fork,
+    Forked,
+    Keep,
+    NotForked,
+    Packet,
+    Quit,
+    WorkerSpec,
+    receive_packet,
+    send_packet,
+)
+from ..worker.entry import run_worker
 
 log = logging.getLogger(__name__)
 

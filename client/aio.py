@@ -309,7 +309,7 @@ class Host:
         while readable(self._watch):
             self._away = connection_lost(self._watch)
             if self._away:
-                while readable(self._socket):  # what arrived before the loss counts
+                while readable(self._socket):  # as in lane.py, `_drain`
                     self._moved(self._calls.receive(self._socket.recv(zmq.NOBLOCK)))
                 for call in self._calls.lost():
                     self._moved(call)

@@ -11,16 +11,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import zmq
 
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NoSuchVm, VmloopError
+from ..common.errors import DeadlineExceeded, NoBroker, NoSuchVm, VmloopError
 from ..common.sockets import edge_fd, watch_connection
 from .lane import Socket, connection_lost, readable
 from .stream import (
     BATCH,
+    FETCH_ATTEMPTS,
     FIRST_CHECK,
     MAX_CHECK,
     Event,
@@ -177,14 +178,8 @@ class Events(AsyncIterator[Event]):
         self._stream.known(known)
 
     async def _fetch(self, fetch: Fetch) -> None:
-        request = fetch.request()
         try:
-            parts = [
-                part
-                async for part in self._host.call_streaming(
-                    request.service, request.op, request.arguments, reading=True
-                )
-            ]
+            parts = await self._page(fetch)
         except VmloopError as error:
             if self._closed:
                 return
@@ -194,6 +189,21 @@ class Events(AsyncIterator[Event]):
             self._stream.fetch_failed(error)
             return
         self._stream.fetched(parts)
+
+    async def _page(self, fetch: Fetch) -> list[Any]:
+        try:
+            return await self._ask_page(fetch)
+        except NoBroker:  # it went away in the middle of the page; the next one is asked for all of it
+            from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+            retry = retry_if_exception_type(NoBroker)
+            attempts = AsyncRetrying(reraise=True, retry=retry, stop=stop_after_attempt(FETCH_ATTEMPTS))
+            return await attempts(self._ask_page, fetch)
+
+    async def _ask_page(self, fetch: Fetch) -> list[Any]:
+        request = fetch.request()
+        parts = self._host.call_streaming(request.service, request.op, request.arguments, reading=True)
+        return [part async for part in parts]
 
     async def _ask_positions(self) -> dict[str, Cursor]:
         if len(self._names) != 1:

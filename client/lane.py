@@ -164,10 +164,11 @@ class Lane:
         while readable(self._watch):
             self._away = connection_lost(self._watch)
             if self._away:
-                self._drain(finished)  # what arrived before the loss counts
+                self._drain(finished)
                 finished += self._calls.lost()
         return finished
 
     def _drain(self, finished: list[Call]) -> None:
+        """What arrived before the loss counts, as far as libzmq still has it: with IMMEDIATE it drops what is unread in a dying pipe."""
         while readable(self._socket):
             self._take(self._socket.recv(zmq.NOBLOCK), finished)

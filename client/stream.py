@@ -33,6 +33,8 @@ EVENTS_LOST: Final = "EVENTS_LOST"
 
 # Events per request to a worker: bounds memory here and the time a lane is held.
 PAGE: Final = 500
+# A broker may go away in the middle of a page; each attempt waits for the next broker until the connection's timeout.
+FETCH_ATTEMPTS: Final = 3
 # Messages taken from the socket at once.
 BATCH: Final = 100
 # Seconds between questions how far the VMs are: soon after subscribing, because PUB knows a subscriber only a moment later.

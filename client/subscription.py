@@ -9,16 +9,17 @@ import time
 from collections.abc import Iterator
 from math import ceil
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NoSuchVm, VmloopError
+from ..common.errors import DeadlineExceeded, NoBroker, NoSuchVm, VmloopError
 from ..common.sockets import watch_connection
 from .lane import connection_lost, readable
 from .stream import (
     BATCH,
+    FETCH_ATTEMPTS,
     FIRST_CHECK,
     MAX_CHECK,
     Event,
@@ -155,9 +156,8 @@ class Events(Iterator[Event]):
         self._stream.known(known)
 
     def _fetch(self, fetch: Fetch) -> None:
-        request = fetch.request()
         try:
-            parts = list(self._host.call_streaming(request.service, request.op, request.arguments, reading=True))
+            parts = self._page(fetch)
         except VmloopError as error:
             if self._stream.refuses(fetch, error):
                 self.close()
@@ -165,6 +165,19 @@ class Events(Iterator[Event]):
             self._stream.fetch_failed(error)
             return
         self._stream.fetched(parts)
+
+    def _page(self, fetch: Fetch) -> list[Any]:
+        try:
+            return self._ask_page(fetch)
+        except NoBroker:  # it went away in the middle of the page; the next one is asked for all of it
+            from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
+            retry = retry_if_exception_type(NoBroker)
+            return Retrying(reraise=True, retry=retry, stop=stop_after_attempt(FETCH_ATTEMPTS))(self._ask_page, fetch)
+
+    def _ask_page(self, fetch: Fetch) -> list[Any]:
+        request = fetch.request()
+        return list(self._host.call_streaming(request.service, request.op, request.arguments, reading=True))
 
     def _ask_positions(self) -> dict[str, Cursor]:
         if len(self._names) != 1:

@@ -58,7 +58,9 @@ VM_MOVES: Mapping[VmState, frozenset[VmState]] = {
     VmState.SHUTDOWN: frozenset(_reachable - {VmState.SHUTDOWN}),
     VmState.CRASHED: frozenset(_reachable - {VmState.CRASHED}),
     VmState.PMSUSPENDED: frozenset(_reachable - {VmState.PMSUSPENDED}),
-    VmState.UNKNOWN: frozenset((_reachable | {VmState.STARTING}) - {VmState.UNKNOWN}),  # a detached VM can be attached again
+    VmState.UNKNOWN: frozenset(
+        (_reachable | {VmState.STARTING}) - {VmState.UNKNOWN}
+    ),  # a detached VM can be attached again
     VmState.SHUTOFF: frozenset({VmState.STARTING}),
 }
 

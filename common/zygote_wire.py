@@ -16,16 +16,27 @@ from typing import Final
 import msgspec
 
 from .errors import BadRequest
+from .settings import Settings
 
 MAX_PACKET_BYTES: Final = 256 * 1024  # a Fork carries the settings; still far below the socket's buffer
 MAX_FDS: Final = 4
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What the broker tells a worker at its birth."""
+
+    name: str
+    run: str
+    state: str
+    etc: str
+    settings: Settings
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
     """Make a worker for a VM; it inherits the fds that are kept for it."""
 
     vm: str
-    spec: bytes  # msgpack of worker.entry.WorkerSpec
+    spec: bytes  # msgpack of WorkerSpec
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):

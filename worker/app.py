@@ -30,12 +30,13 @@ from ..common.settings import Settings
 from ..common.sockets import ipc
 from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode
 from .answers import Answers
+from .beginnings import resume
 from .events import EventLog
 from .keeper import Keeper
 from .link import Link
 from .order import Order
+from .qmp.commands import Done
 from .qmp.ledger import Owed
-from .qmp.session import Done
 from .verbs.monitor import HmpArguments, QmpArguments
 from .verbs.request import Lane, Request, Verb, parse_arguments
 from .verbs.table import VERBS
@@ -99,7 +100,7 @@ class App:
         """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
         if self.vm.alive:
             self._tell_of_predecessor()
-            await self.vm.resume(kept)
+            resume(self.vm, kept)
         elif kept is not None:
             kept.close()
         await self._until_over()

@@ -17,7 +17,6 @@ import socket
 from enum import IntEnum
 from pathlib import Path
 
-import msgspec
 import tenacity
 import zmq
 
@@ -26,6 +25,7 @@ from ..common.names import VmName, vm_name
 from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths, VmPaths
 from ..common.settings import Settings
+from ..common.zygote_wire import WorkerSpec
 from .app import App
 from .loop import new_loop
 from .qemu.process import identify
@@ -44,16 +44,6 @@ class WorkerExit(IntEnum):
     DONE = 0  # said goodbye
     FAILED = 1  # a defect; see worker.log
     LOCKED = 3  # another worker has this VM
-
-
-class WorkerSpec(msgspec.Struct, frozen=True):
-    """What the broker tells a worker at its birth."""
-
-    name: str
-    run: str
-    state: str
-    etc: str
-    settings: Settings
 
 
 def run_worker(spec: WorkerSpec, kept: dict[str, int]) -> int:

@@ -2,7 +2,7 @@
 """One VM: its run from start or attach to its end, its states, its monitor, its process. The heart of a worker; used by app.py and verbs/.
 
     start ── launch.py ──►┐
-    attach ── adopt.py ──►├─ session up ─ query-status ─► states follow events ─► end: see `_finish`
+    attach ── adopt.py ──►├─ session up ─ query-status ─► states follow events ─► end: see `finish`
     resume (new worker) ─►┘
 
 The end, in this order: read the monitor to its end; deliver what was read; close the monitor; settle the final state and its reason;
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -23,11 +22,7 @@ from typing import Any, Final
 import msgspec
 import tenacity
 
-from ..common.definition import Definition
 from ..common.errors import (
-    AlreadyRunning,
-    DeadlineExceeded,
-    LaunchFailed,
     MonitorLost,
     NotRunning,
     QmpError,
@@ -40,13 +35,13 @@ from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .events import EventLog
 from .keeper import Keeper
-from .qemu.adopt import connect_monitor, find_process
-from .qemu.launch import launch, log_tail
-from .qemu.process import NotTheProcess, ProcessGone, QemuProcess, describe_exit
+from .qemu.adopt import connect_monitor
+from .qemu.process import QemuProcess, describe_exit
+from .qmp.commands import Command, Done
 from .qmp.framing import LineReader
 from .qmp.ledger import Owed
-from .qmp.session import Command, Done, QmpSession
-from .runfile import Run, RunEnd, boot_id, clear_run_directory, read_run, write_run
+from .qmp.session import QmpSession
+from .runfile import Run, RunEnd, clear_run_directory, read_run, write_run
 from .transitions import Move, of_end, of_event, of_status
 
 log = logging.getLogger(__name__)
@@ -170,103 +165,9 @@ class Vm:
 
     # -- start --------------------------------------------------------------------------------------------------------------
 
-    async def start(self, definition: Definition, *, paused: bool, deadline: float) -> None:
-        """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`; then the VM is shut off."""
-        self._refuse_second_run()
-        migrates_in = "-incoming" in definition.qemu.args
-        wanted_stopped = paused or "-S" in definition.qemu.args
-        epoch = self._begin_run("booted")
-        run = Run(
-            epoch=epoch,
-            boot_id=boot_id(),
-            started=time.time(),
-            monitor=os.fspath(self.paths.monitor_socket),
-            agent=os.fspath(self.paths.agent_socket) if definition.agent.enabled else None,
-            may_kill=True,
-            binary=definition.qemu.binary,
-            definition=msgspec.to_builtins(definition),
-        )
-        try:
-            self._save(run)
-            launched = launch(definition, self.paths, epoch, stopped=not migrates_in, log_bytes=self.settings.log_bytes)
-        except OSError as error:
-            self._settle(Move(VmState.SHUTOFF, "failed"), f"{error}")
-            raise LaunchFailed(f"VM {self.name}: {error}", log="") from error
-        except VmloopError as error:
-            self._settle(Move(VmState.SHUTOFF, "failed"), str(error))
-            raise
-        self._hold(launched.process)
-        self._save(msgspec.structs.replace(run, process=launched.process.identity, argv=launched.argv))
-        try:
-            await self._bring_up(launched.monitor, min(deadline, self.loop.time() + self.settings.launch))
-            if not wanted_stopped and not migrates_in:
-                self.intent = "booted"
-                await self.require_session().execute("cont", seconds=deadline - self.loop.time(), reading=False)
-        except VmloopError as error:
-            await self._abandon_launch(error)
-        self.intent = ""
-
-    async def attach(self, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
-        """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
-        self._refuse_second_run()
-        connection = connect_monitor(qmp)
-        try:
-            found = find_process(connection, pid)
-        except VmloopError:
-            connection.close()
-            raise
-        epoch = self._begin_run("attached")
-        self._save(
-            Run(
-                epoch=epoch,
-                boot_id=boot_id(),
-                started=time.time(),
-                process=found.process.identity if found.process else None,
-                monitor=qmp,
-                agent=agent,
-                launched=False,
-                may_kill=found.may_kill,
-            )
-        )
-        if found.process is not None:
-            self._hold(found.process)
-        try:
-            await self._bring_up(connection, min(deadline, self.loop.time() + self.settings.launch))
-        except VmloopError as error:
-            self._let_go()
-            self._settle(Move(VmState.SHUTOFF, "failed"), str(error))
-            raise
-
-    async def resume(self, kept: socket.socket | None) -> None:
-        """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
-        run = self.run
-        assert run is not None
-        if not self._find_again(run):
-            if kept is not None:
-                self._take_over(kept, run)
-            self._finish("it ended while no worker watched")
-        elif kept is not None:
-            self._take_over(kept, run)
-        else:
-            self._seek_monitor()
-
     # -- the run --------------------------------------------------------------------------------------------------------------
 
-    def _refuse_second_run(self) -> None:
-        if self.alive:
-            raise AlreadyRunning(f"VM {self.name} is {self.state.state.value} already")
-        last = self.run
-        if last is not None and last.process is not None and last.boot_id == boot_id():
-            try:
-                QemuProcess(last.process).close()
-            except (ProcessGone, NotTheProcess):
-                return  # the old run is over
-            else:
-                raise AlreadyRunning(
-                    f"VM {self.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
-                )
-
-    def _begin_run(self, reason: str) -> int:
+    def begin_run(self, reason: str) -> int:
         epoch = (self.run.epoch if self.run is not None else 0) + 1
         self.events.begin_epoch(epoch)
         self._page.words[Word.FACTS] = 0
@@ -275,21 +176,21 @@ class Vm:
         self.state.move(VmState.STARTING, reason)
         return epoch
 
-    def _save(self, run: Run) -> None:
+    def save(self, run: Run) -> None:
         self.run = run
         write_run(self.paths.run_file, run)
 
-    def _hold(self, process: QemuProcess) -> None:
+    def hold(self, process: QemuProcess) -> None:
         self.process = process
-        self.loop.add_reader(process.fileno(), self._finish, "")
+        self.loop.add_reader(process.fileno(), self.finish, "")
 
-    async def _bring_up(self, connection: socket.socket, deadline: float) -> None:
+    async def bring_up(self, connection: socket.socket, deadline: float) -> None:
         """Negotiate on a fresh connection and take the VM's state from query-status."""
         session = self._open_session(connection)
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
-        self._save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
+        self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
         self._keeper.keep("monitor", connection.fileno())
         try:
             status = await session.execute("query-status", seconds=deadline - self.loop.time())
@@ -306,43 +207,15 @@ class Vm:
         self.session = QmpSession(self.loop, connection, reader, self._page, self.settings, self)
         return self.session
 
-    async def _abandon_launch(self, error: VmloopError) -> None:
-        """QEMU did not come up: make sure that it is gone, and say what it printed."""
-        process = self.process
-        ended_by_itself = process is None or process.ended()
-        if process is not None:
-            process.kill()
-            if not await self.wait_until(self.gone.is_set, self.loop.time() + END_GRACE):
-                raise DeadlineExceeded(
-                    f"VM {self.name}: {error}; its QEMU (pid {process.pid}) does not end either"
-                ) from error
-        tail = log_tail(self.paths)
-        why = f"QEMU {self._exit_text}" if ended_by_itself and self._exit_text else str(error)
-        last = tail.splitlines()[-1] if tail else "nothing was printed"
-        raise LaunchFailed(f"VM {self.name} did not start: {why}: {last}", log=tail) from error
-
     # -- taking over -----------------------------------------------------------------------------------------------------------
 
-    def _find_again(self, run: Run) -> bool:
-        """Hold the run's process again. False if it is known to be gone."""
-        if run.boot_id != boot_id():
-            return False
-        if run.process is None:
-            return True
-        try:
-            self._hold(QemuProcess(run.process))
-        except (ProcessGone, NotTheProcess) as error:  # the pid is nobody, or somebody else: the run's process is no more
-            log.info("VM %s: %s", self.name, error)
-            return False
-        return True
-
-    def _take_over(self, connection: socket.socket, run: Run) -> None:
+    def take_over(self, connection: socket.socket, run: Run) -> None:
         connection.setblocking(False)
         session = self._open_session(connection)
         session.take_over(oob=run.oob, answer=self._inherit)
         self._keeper.keep("monitor", connection.fileno())
 
-    def _seek_monitor(self) -> None:
+    def seek_monitor(self) -> None:
         """The connection is lost and the process lives, or may live: `unknown` until it answers again."""
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "monitor-lost")
@@ -359,7 +232,7 @@ class Vm:
             with attempt:
                 connection = connect_monitor(self.run.monitor)
                 try:
-                    await self._bring_up(connection, self.loop.time() + self.settings.launch)
+                    await self.bring_up(connection, self.loop.time() + self.settings.launch)
                 except VmloopError:
                     self._drop_session("no answer")
                     raise
@@ -398,19 +271,19 @@ class Vm:
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
         elif self.fact(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
-            self._finish("it closed its monitor after SHUTDOWN")
+            self.finish("it closed its monitor after SHUTDOWN")
         else:
-            self._seek_monitor()
+            self.seek_monitor()
 
     def _seek_if_alive(self) -> None:
         if self.session is None and not self._ending and self.alive and self._reconnecting is None:
-            self._seek_monitor()
+            self.seek_monitor()
 
     def _on_state(self, old: VmState, new: VmState, reason: str) -> None:
         self._page.put_state(_STATES.index(new), reason)
         data = {"old": old.value, "new": new.value, "reason": reason}
-        if self._exit_text and new is VmState.SHUTOFF:
-            data["detail"] = self._exit_text
+        if self.exit_text and new is VmState.SHUTOFF:
+            data["detail"] = self.exit_text
         self.events.emit("VM_STATE", data)
         self._changed()
 
@@ -425,7 +298,7 @@ class Vm:
 
     # -- end --------------------------------------------------------------------------------------------------------------------
 
-    _exit_text = ""
+    exit_text = ""
 
     def kill(self) -> None:
         """SIGKILL through the pidfd. Raises `NotRunning` if no process is known that is surely this VM's."""
@@ -434,7 +307,7 @@ class Vm:
         self.note(Fact.KILLED)
         self.process.kill()
 
-    def _finish(self, why: str) -> None:
+    def finish(self, why: str) -> None:
         """The run is over: the process is gone, or it said so itself. Called once, on the loop."""
         if self._ending:
             return
@@ -446,21 +319,21 @@ class Vm:
         if self.session is not None:
             self.session.drain()
         if self.process is not None:
-            self._exit_text = describe_exit(self.process.status())
+            self.exit_text = describe_exit(self.process.status())
         killed, started = self.fact(Fact.KILLED), self.fact(Fact.STARTED)
         move = of_end(killed=killed, started=started, shutdown_seen=self.fact(Fact.SHUTDOWN_SEEN))
-        self._settle(move, why or f"QEMU {self._exit_text}")
+        self.settle(move, why or f"QEMU {self.exit_text}")
 
-    def _settle(self, move: Move, detail: str) -> None:
+    def settle(self, move: Move, detail: str) -> None:
         """Write down and publish the final state, and release what the run had."""
         if self.process is not None:
             self.process.close()
             self.process = None
-        self._exit_text = self._exit_text or detail
+        self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
         try:
-            self._save(msgspec.structs.replace(self.run, ended=RunEnd(move.state.value, move.reason, time.time())))
+            self.save(msgspec.structs.replace(self.run, ended=RunEnd(move.state.value, move.reason, time.time())))
         except OSError as error:
             log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
         self._keeper.drop()
@@ -472,16 +345,16 @@ class Vm:
         """Let go of a running VM: it goes on without vmloop."""
         self._ending = True
         self.detached = True
-        self._let_go()
+        self.let_go()
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "detached")
         assert self.run is not None
-        self._save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
+        self.save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
         self._keeper.drop()
         self.gone.set()
         self._changed()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._drop_session("detached")

@@ -6,6 +6,7 @@ Imported before any command runs, so nothing slow is imported here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..session import Host
     from .output import Output
 
+# Seconds; the wire's limit, as calls.MAX_TIMEOUT, which is not imported for the sake of --help.
+MAX_TIMEOUT: Final = 3600.0
 # How long the shell's completion may wait for a broker.
 COMPLETION_SECONDS: Final = 0.5
 
@@ -79,6 +82,19 @@ def _set_json(context: click.Context, parameter: click.Parameter, value: bool) -
     del parameter
     if value and isinstance(context.obj, Invocation):
         context.obj.json = True
+
+
+class Seconds(click.FloatRange):
+    """A time over 0 and up to a limit."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(0, limit, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):  # in no order with anything, so in every range
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
 
 
 class Name(click.ParamType[str]):

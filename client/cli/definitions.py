@@ -13,7 +13,10 @@ from .base import Invocation, verb, vm_argument
 @verb("define")
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
 def define(invocation: Invocation, file: str) -> None:
-    """Make the VM that FILE (TOML) describes known; - reads standard input."""
+    """Make a VM known from a FILE.
+
+    FILE is its definition in TOML; - reads standard input.
+    """
     import msgspec
 
     from ...common.definition import definition_from_toml

@@ -18,7 +18,10 @@ from .output import Output, to_json
 @click.option("--since", metavar="CURSOR", help="Only what came after EPOCH.SEQ; for one VM.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now.")
 def events(invocation: Invocation, names: tuple[str, ...], since: str | None, follow: bool) -> None:
-    """The recent events of some VMs, or of all; with --json one object a line."""
+    """Recent events of some VMs, or of all.
+
+    With --json each is one object on one line.
+    """
     _check_since(names, since)
     output = invocation.output()
     with invocation.host() as host, host.events(*names, since=since, follow=follow, recent=since is None) as stream:

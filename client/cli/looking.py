@@ -11,9 +11,8 @@ import click
 
 from ...common.names import vm_name, vm_service
 from ...common.states import VmState
-from ..calls import MAX_TIMEOUT
 from ..results import ProcessFigures, VmStats, VmSummary, typed
-from .base import Invocation, verb, vm_argument, vms_argument
+from .base import MAX_TIMEOUT, Invocation, Seconds, verb, vm_argument, vms_argument
 
 _TIMES: Final = frozenset({"since", "started", "worker_started"})
 
@@ -112,9 +111,12 @@ def _facts(value: Any, prefix: str = "") -> dict[str, str]:
     type=click.Choice([state.value for state in VmState]),
     help="The state to wait for.",
 )
-@click.option("--timeout", type=click.FloatRange(0, MAX_TIMEOUT, min_open=True), metavar="S", help="How long to wait.")
+@click.option("--timeout", type=Seconds(MAX_TIMEOUT), metavar="S", help="How long to wait.")
 def wait(invocation: Invocation, name: str, state: str, timeout: float | None) -> None:
-    """Wait until a VM is in a state; without --timeout for the global one (30 s)."""
+    """Wait until a VM is in a state.
+
+    Without --timeout the global one (30 s) holds.
+    """
     output = invocation.output()
     with invocation.host() as host, output.busy(f"waiting for {name} to be {state}"):
         value = host.call(vm_service(vm_name(name)), "wait", {"for": state}, timeout=timeout, reading=True)

@@ -17,7 +17,7 @@ from click.exceptions import Exit as ClickExit
 
 from ... import __version__
 from ...common.errors import DeadlineExceeded, NoBroker, VmloopError
-from .base import Exit, Invocation
+from .base import MAX_TIMEOUT, Exit, Invocation, Seconds
 
 PROGRAM: Final = "vmloop"
 COMPLETION_VARIABLE: Final = "_VMLOOP_COMPLETE"
@@ -68,9 +68,7 @@ class Commands(click.Group):
 @click.option("--root", metavar="DIR", help="Everything lives under DIR rather than in the host's own places.")
 @click.option("--connect", metavar="ENDPOINT", help="The broker's client socket: ipc:///PATH/client.sock.")
 @click.option("--json", is_flag=True, help="Print the result alone, as JSON.")
-@click.option(
-    "--timeout", type=click.FloatRange(0, 3600, min_open=True), metavar="S", help="Deadline of a request (30 s)."
-)
+@click.option("--timeout", type=Seconds(MAX_TIMEOUT), metavar="S", help="Deadline of a request (30 s).")
 @click.version_option(__version__, prog_name=PROGRAM)
 @click.pass_context
 def vmloop(context: click.Context, root: str | None, connect: str | None, json: bool, timeout: float | None) -> None:

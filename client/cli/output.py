@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
 
 
+def one_line(text: str) -> str:
+    """The text for a cell of a table or a line of its own."""
+    return printable(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
 def to_json(value: object, indent: int | None = None) -> str:
     """JSON of what came over the wire; bytes become text."""
     import json
@@ -64,7 +69,7 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Aligned columns under a heading."""
-        lines = [[name.upper() for name in columns], *([printable(cell) or "-" for cell in row] for row in rows)]
+        lines = [[name.upper() for name in columns], *([one_line(cell) or "-" for cell in row] for row in rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
         for line in lines:
             padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -77,7 +82,7 @@ class Output:
 
     def event(self, at: str, vm: str, cursor: str, event: str, data: str) -> None:
         """One event on one line."""
-        self.line(f"{at} {vm or '-'} {cursor} {event} {data}".rstrip())
+        click.echo(one_line(f"{at} {vm or '-'} {cursor} {event} {data}".rstrip()))
 
     def busy(self, what: str) -> AbstractContextManager[None]:
         """Around something that may take longer than a second."""

@@ -9,7 +9,7 @@ import click
 
 from .. import requests
 from ..requests import Request
-from .base import Invocation, verb, vm_argument
+from .base import MAX_TIMEOUT, Invocation, Seconds, verb, vm_argument
 
 
 def _change(invocation: Invocation, name: str, request: Request[Any], doing: str, done: str = "") -> None:
@@ -40,7 +40,7 @@ def start(invocation: Invocation, name: str, paused: bool) -> None:
 @vm_argument
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, 3600 - requests.STOP_MARGIN, min_open=True),
+    type=Seconds(MAX_TIMEOUT - requests.STOP_MARGIN),
     default=60.0,
     show_default=True,
     metavar="S",

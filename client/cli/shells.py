@@ -11,7 +11,7 @@ from .base import Invocation, verb
 @verb("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(invocation: Invocation, shell: str) -> None:
-    """Print the completion script of a shell.
+    """Print a shell's completion script.
 
     bash: vmloop completion bash > ~/.local/share/bash-completion/completions/vmloop
     """

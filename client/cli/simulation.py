@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +42,10 @@ END: Final = 5.0
 )
 @click.option("--once", is_flag=True, help="Detach and end at once.")
 def simulate(invocation: Invocation, count: int, prefix: str, directory: str | None, once: bool) -> int:
-    """Attach N simulated VMs, and stay until Ctrl-C or SIGTERM; then detach them."""
+    """Attach N simulated VMs.
+
+    It stays until Ctrl-C or SIGTERM, then detaches them and ends them.
+    """
     vm_name(f"{prefix}-{count}")
     output = invocation.output()
     stop = threading.Event()
@@ -50,10 +53,10 @@ def simulate(invocation: Invocation, count: int, prefix: str, directory: str | N
         host.ping()
         with _stand_ins(Path(place), count, prefix) as sockets:
             began = time.monotonic()
-            failed = _all(host, output, "attaching", [_attach(path) for path in sockets], stop)
+            attached, failed = _all(host, output, "attaching", [_attach(path) for path in sockets], stop)
             seconds = time.monotonic() - began
-            figures = {"attached": count - len(failed), "failed": len(failed), "seconds": round(seconds, 3)}
-            summary = f"{count - len(failed)} simulated VMs attached in {seconds:.1f} s"
+            figures = {"attached": attached, "failed": len(failed), "seconds": round(seconds, 3)}
+            summary = f"{attached} simulated VMs attached in {seconds:.1f} s"
             output.result(figures, lambda: output.line(summary + (f", {len(failed)} failed" if failed else "")))
             sys.stdout.flush()
             try:
@@ -75,8 +78,11 @@ def _service(path: Path) -> str:
     return vm_service(vm_name(path.stem))
 
 
-def _all(host: Host, output: Output, what: str, many: list[Request[Any]], stop: threading.Event) -> list[VmloopError]:
-    """Ask all with several in flight; the errors."""
+def _all(
+    host: Host, output: Output, what: str, many: list[Request[Any]], stop: threading.Event
+) -> tuple[int, list[VmloopError]]:
+    """Ask all, with several in flight, until told to stop: how many it was done for, and the errors."""
+    done = 0
     failed: list[VmloopError] = []
 
     def until_stopped() -> Iterator[Request[Any]]:
@@ -90,7 +96,9 @@ def _all(host: Host, output: Output, what: str, many: list[Request[Any]], stop: 
             progress.advance()
             if isinstance(answer, VmloopError):
                 failed.append(answer)
-    return failed
+            else:
+                done += 1
+    return done, failed
 
 
 @contextmanager
@@ -133,8 +141,13 @@ def _place(directory: str | None) -> AbstractContextManager[str]:
 
 @contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for the orderly end. The handler only sets the event."""
-    handler: Callable[..., None] = lambda *_: stop.set()  # noqa: E731
+    """SIGINT and SIGTERM ask for the orderly end; a second one ends at once, for when that takes too long."""
+
+    def handler(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

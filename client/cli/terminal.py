@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, Protocol
 
-from .output import NoProgress, Output, printable, to_json
+from .output import NoProgress, Output, one_line, printable, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,7 @@ class TerminalOutput(Output):
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(printable(cell), STYLES.get(cell, "")) for cell in row))
+            table.add_row(*(Text(one_line(cell), STYLES.get(cell, "")) for cell in row))
         self._console().print(table)
 
     def facts(self, facts: Mapping[str, str]) -> None:
@@ -80,7 +80,7 @@ class TerminalOutput(Output):
         from rich.text import Text
 
         parts = ((at, "dim"), (vm or "-", "bold"), (cursor, "dim"), (event, "cyan"), (data, ""))
-        line = Text(" ").join(Text(printable(text), style) for text, style in parts)
+        line = Text(" ").join(Text(one_line(text), style) for text, style in parts)
         self._console().print(line, soft_wrap=True)
 
     def busy(self, what: str) -> AbstractContextManager[None]:

@@ -63,8 +63,8 @@ class NativeBroker:
         self.requests: queue.Queue[Message] = queue.Queue()
         self.seen: list[Message] = []
         self._scripts: dict[tuple[str, str], Script] = {}
-        self._orders: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._parked: list[tuple[bytes, Message]] = []
+        self._orders: queue.Queue[Callable[[], object]] = queue.Queue()
+        self._senders: list[bytes] = []
         self._stopping = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._bell = self._context.socket(zmq.PAIR)
@@ -115,9 +115,9 @@ class NativeBroker:
         frames = [topic or b"vm/", event]
         self._order(lambda: self._publisher.send_multipart(frames))
 
-    def send_to_parked(self, *messages: Message | bytes) -> None:
-        """Send more to the client of the last request."""
-        self._order(lambda: self._send(self._parked[-1][0], messages))
+    def send_to(self, place: int, *messages: Message | bytes) -> None:
+        """Send more to the client whose request is at a place in `seen`."""
+        self._order(lambda: self._send(self._senders[place], messages))
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -137,7 +137,7 @@ class NativeBroker:
 
     # -- its thread ------------------------------------------------------------------------------------------------------
 
-    def _order(self, order: Callable[[], None]) -> None:
+    def _order(self, order: Callable[[], object]) -> None:
         with self._bell_lock:
             self._orders.put(order)
             self._bell.send(b"")
@@ -162,7 +162,7 @@ class NativeBroker:
         client, *frames = self._router.recv_multipart()
         message = decode(frames[0])
         self.seen.append(message)
-        self._parked.append((client, message))
+        self._senders.append(client)
         script = self._scripts.get((message.service, message.op))
         if script is None:
             error = BadRequest(f"the fake broker has no answer to {message.op} of {message.service}")

@@ -25,7 +25,7 @@ _TOKEN: Final = re.compile(
     rb"""(?P<space>[ \t\r\n]+)
     |(?P<mark>[{}\[\],:])
     |(?P<string>"(?:[^"\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*"|'(?:[^'\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*')
-    |(?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)
+    |(?P<number>-?(?:0(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?)?|[1-9][0-9]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?))
     |(?P<word>[a-z]+)""",
     re.VERBOSE,
 )
@@ -33,12 +33,11 @@ _TOKEN: Final = re.compile(
 _BEGUN: Final = re.compile(
     rb"""(?:"(?:[^"\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*\\?
     |'(?:[^'\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*\\?
-    |-?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]*)?)""",
+    |-?(?:(?:0\.[0-9]+|[1-9][0-9]*(?:\.[0-9]+)?)[eE][+-]?[0-9]*|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)?)""",
     re.VERBOSE,
 )
 # After a stray byte everything is skipped up to a control character, 0xFE, 0xFF or a mark.
 _RESTART: Final = re.compile(rb"[\x00-\x1f\xfe\xff{}\[\],:]")
-_GOES_ON_AS_NUMBER: Final = b".eE0123456789"
 _ESCAPE: Final = re.compile(r"\\(u.{0,4}|.)", re.DOTALL)
 _HEX: Final = re.compile(r"u[0-9a-fA-F]{4}")
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
@@ -154,7 +153,7 @@ class JsonStream:
             kind, end = match.lastgroup or "", match.end()
             if kind in ("number", "word") and end == len(buffer):
                 return None  # it may go on in the next chunk
-            if kind == "number" and buffer[end] in _GOES_ON_AS_NUMBER:
+            if kind == "number" and _goes_on(match.group(), buffer[end]):
                 return self._unmatched()
             self._position = end
             if kind != "space":
@@ -274,6 +273,15 @@ def _token(tokens: list[tuple[str, bytes]], at: int) -> tuple[str, bytes]:
     return tokens[at]
 
 
+def _goes_on(number: bytes, byte: int) -> bool:
+    """Whether a byte after a number belongs to it, and so makes it wrong. QEMU's zero has no exponent."""
+    if b"e" in number or b"E" in number:
+        return False
+    if b"." in number:
+        return byte in b"eE"
+    return byte in (b".0123456789" if number in (b"0", b"-0") else b".eE")
+
+
 def _number(text: bytes) -> int | float:
     if text.lstrip(b"-").isdigit():
         number = int(text) if len(text) <= len(str(_INT64_MIN)) else None
@@ -291,7 +299,8 @@ def _string(text: bytes) -> str:
         raise _BadTokensError("invalid UTF-8 sequence in string") from None
     if "\\" not in plain:
         return plain
-    unescaped = _ESCAPE.sub(_unescape, plain)
+    # With the closing quote, which QEMU shows where an escape is cut off by it.
+    unescaped = _ESCAPE.sub(_unescape, plain + chr(text[-1]))[:-1]
     lone = _LONE_SURROGATE.search(unescaped)
     if lone is not None:
         raise _BadTokensError(f"\\u{ord(lone.group()):x} is not a valid Unicode character")

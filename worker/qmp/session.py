@@ -9,14 +9,12 @@ listener. Answers go to callbacks, called on the loop, so that the shortest path
 
 from __future__ import annotations
 
-import array
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -27,52 +25,24 @@ from ...common.errors import (
     DeadlineExceeded,
     MonitorFrozen,
     MonitorLost,
-    NotRunning,
-    OutcomeUnknown,
     QmpError,
     VmloopError,
     WorkerLost,
 )
-from ...common.page import Page, Word
+from ...common.page import Page
 from ...common.settings import WorkerSettings
 from ...common.states import MonitorState
+from .commands import Command, Done, Greeting, encode_command, end_of, microseconds, qmp_error, read_greeting
 from .framing import LineReader, LineTooLong
 from .ledger import Ledger, Owed
 from .liveness import Liveness
+from .writer import CommandWriter, close_all
 
 log = logging.getLogger(__name__)
 
 IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
 OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
-MAX_COMMAND_BYTES: Final = 16 * 1024 * 1024
-ERROR_TEXT: Final = 2000  # characters of QEMU's error text that are passed on
-
-Done = Callable[[Any, VmloopError | None], None]  # (the value of `return`, or the error)
-
-
-class Command(msgspec.Struct):
-    """One command on its way. `done` is None once nobody waits any more."""
-
-    name: str
-    text: bytes
-    done: Done | None
-    qmp_id: int
-    request: int = 0
-    reading: bool = False
-    oob: bool = False
-    deadline: float = 0.0
-    key: bytes = b""
-    fds: tuple[int, ...] = ()
-    sent: float = 0.0
-
-
-class Greeting(msgspec.Struct, frozen=True):
-    """What QEMU said first."""
-
-    version: tuple[int, int, int]
-    package: str
-    capabilities: tuple[str, ...]
 
 
 class Listener(Protocol):
@@ -108,8 +78,7 @@ class QmpSession:
         self._on_wire: dict[int, Command] = {}
         self._window = {False: IN_BAND_WINDOW, True: OOB_WINDOW}  # free places, by oob
         self._waiting: deque[Command] = deque()
-        self._unsent = b""
-        self._unsent_fds: tuple[int, ...] = ()
+        self._writer = CommandWriter(loop, connection, page, self._send_waiting)
         self._deadlines: Deadlines[int] = Deadlines()
         self._by_id: dict[int, Command] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -122,7 +91,7 @@ class QmpSession:
     async def negotiate(self, seconds: float) -> None:
         """On a fresh connection: read the greeting, agree on capabilities. Raises `MonitorLost` or `DeadlineExceeded`."""
         self._ledger.clear()
-        self._words[Word.SENDING] = 0
+        self._writer.begin()
         self._reader.begin()
         self._loop.add_reader(self._socket, self._readable)
         until = self._loop.time() + seconds
@@ -170,7 +139,7 @@ class QmpSession:
 
     def _repair_half_sent_command(self) -> None:
         """A predecessor died inside a send: 0xFF ends whatever QEMU's parser has begun (qapi/qmp: the lexer's resynchronisation)."""
-        if not self._words[Word.SENDING]:
+        if not self._writer.predecessor_was_cut:
             return
         last = max(self._on_wire, default=0)
         command = self._on_wire.pop(last, None)
@@ -179,8 +148,7 @@ class QmpSession:
             self._answer(
                 command, None, WorkerLost("the worker was killed while it sent the command; it was not carried out")
             )
-        self._unsent = b"\xff"
-        self._flush()
+        self._writer.write(b"\xff")
 
     # -- commands -----------------------------------------------------------------------------------------------------------
 
@@ -225,20 +193,19 @@ class QmpSession:
 
         deadline: loop time at which the wait ends; fds: passed along and closed here.
         """
-        error = self._refusal(name, oob=oob, wait_frozen=wait_frozen)
-        qmp_id = self._ledger.next_qmp_id()
-        text = b""
-        if error is None:
-            text, error = _encode_command(name, arguments, qmp_id, oob=oob)
-        if error is not None:
-            _close_all(fds)
+        try:
+            self._refuse(name, oob=oob, wait_frozen=wait_frozen)
+            qmp_id = self._ledger.next_qmp_id()
+            text = encode_command(name, arguments, qmp_id, oob=oob)
+        except VmloopError as error:
+            close_all(fds)
             done(None, error)
             return
         command = Command(name, text, done, qmp_id, request, reading, oob, deadline, key, fds)
         self._by_id[qmp_id] = command
         self._deadlines.add(qmp_id, deadline)
         self._set_timer(deadline)
-        if self._window[oob] > 0 and not (self._waiting and not oob) and not self._unsent:
+        if self._window[oob] > 0 and not (self._waiting and not oob) and not self._writer.full:
             self._send(command)
         else:
             self._waiting.append(command)
@@ -253,22 +220,19 @@ class QmpSession:
         """Commands that wait for a place on the wire."""
         return len(self._waiting)
 
-    def _refusal(self, name: str, *, oob: bool, wait_frozen: bool) -> VmloopError | None:
+    def _refuse(self, name: str, *, oob: bool, wait_frozen: bool) -> None:
+        """Raise what speaks against sending a command now."""
         if self._ended is not None:
-            return MonitorLost(f"{name}: no connection to the monitor: {self._ended}")
+            raise MonitorLost(f"{name}: no connection to the monitor: {self._ended}")
         if oob and not self.oob:
-            return QmpError(
-                f"{name}: this monitor did not offer out-of-band execution",
-                **{"class": "GenericError", "desc": "the capability 'oob' was not negotiated"},
-            )
+            desc = "this monitor did not offer out-of-band execution"
+            raise QmpError(f"{name}: {desc}", **{"class": "GenericError", "desc": desc})
         if self._liveness.state is MonitorState.FROZEN and not wait_frozen:
-            return MonitorFrozen(
-                f"{name}: QEMU has answered nothing for {self._liveness.silent_for():.1f} s, not even out of band; "
-                "wait, or kill the VM"
-            )
+            silent = self._liveness.silent_for()
+            text = f"{name}: QEMU has answered nothing for {silent:.1f} s, not even out of band; wait, or kill the VM"
+            raise MonitorFrozen(text)
         if len(self._by_id) >= MAX_WAITING:
-            return Busy(f"{name}: {len(self._by_id)} commands wait for this VM's monitor already; try again later")
-        return None
+            raise Busy(f"{name}: {len(self._by_id)} commands wait for this VM's monitor already; try again later")
 
     # -- out ------------------------------------------------------------------------------------------------------------------
 
@@ -279,45 +243,13 @@ class QmpSession:
         self._window[command.oob] -= 1
         command.sent = self._loop.time()
         self._on_wire[command.qmp_id] = command
-        self._unsent = command.text
-        self._unsent_fds = command.fds
-        self._flush()
+        self._writer.write(command.text, command.fds)
         self._liveness.sent(command.oob)
-
-    def _flush(self) -> None:
-        """Write what is not written yet; the rest when the socket takes it."""
-        self._words[Word.SENDING] = 1
-        try:
-            if self._unsent_fds:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._unsent_fds))]
-                sent = self._socket.sendmsg([self._unsent], rights)
-                _close_all(self._unsent_fds)
-                self._unsent_fds = ()
-            else:
-                sent = self._socket.send(self._unsent)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            log.info("the monitor takes no more commands: %s", error)  # its end is read in order, by the reader
-            self._unsent = b""
-            self._loop.remove_writer(self._socket)
-            return
-        if sent < len(self._unsent):
-            self._unsent = self._unsent[sent:]
-            self._loop.add_writer(self._socket, self._writable)
-        else:
-            self._unsent = b""
-            self._words[Word.SENDING] = 0
-
-    def _writable(self) -> None:
-        self._loop.remove_writer(self._socket)
-        self._flush()
-        self._send_waiting()
 
     def _send_waiting(self) -> None:
         """Fill the window. Out-of-band commands do not wait behind in-band ones."""
         blocked: list[Command] = []
-        while self._waiting and not self._unsent and max(self._window.values()) > 0:
+        while self._waiting and not self._writer.full and max(self._window.values()) > 0:
             command = self._waiting.popleft()
             if self._window[command.oob] > 0:
                 self._send(command)
@@ -377,7 +309,7 @@ class QmpSession:
         elif "return" in message:
             self._answer(command, message["return"], None)
         else:
-            self._answer(command, None, _qmp_error(command.name, message["error"]))
+            self._answer(command, None, qmp_error(command.name, message["error"]))
         self._forget(command)
         self._liveness.answered(command.oob, self._oldest_in_band())
         if self._waiting:
@@ -388,12 +320,12 @@ class QmpSession:
         data = message.get("data", {})
         if not isinstance(name, str) or not name or len(name) > 200 or not isinstance(data, dict):
             return self._drop(line, "an event without a proper name or data")
-        return self._listener.on_event(name, data, _microseconds(message.get("timestamp")))
+        return self._listener.on_event(name, data, microseconds(message.get("timestamp")))
 
     def _on_greeting(self, content: object) -> None:
         if self._greeted.done():
             return
-        self.greeting = _greeting(content)
+        self.greeting = read_greeting(content)
         self._greeted.set_result(None)
 
     # -- time -----------------------------------------------------------------------------------------------------------------
@@ -418,17 +350,17 @@ class QmpSession:
             else:
                 self._waiting.remove(command)
                 del self._by_id[qmp_id]
-                _close_all(command.fds)
+                close_all(command.fds)
                 text = f"not sent in time: {self.in_flight} earlier commands wait for QEMU"
             self._answer(command, None, DeadlineExceeded(f"{command.name}: {text}", command=command.name))
         self._set_timer()
 
     def _probe(self, deadline: float) -> bool:
         """Ask out of band whether QEMU lives (query-yank is harmless and allowed there since 6.0); False if that cannot be asked."""
-        if not self.oob or self._ended is not None or self._unsent:
+        if not self.oob or self._ended is not None or self._writer.full:
             return False
         qmp_id = self._ledger.next_qmp_id()
-        text, _ = _encode_command("query-yank", None, qmp_id, oob=True)
+        text = encode_command("query-yank", None, qmp_id, oob=True)
         command = Command("query-yank", text, lambda *_: None, qmp_id, reading=True, oob=True, deadline=deadline)
         self._by_id[qmp_id] = command
         self._send(command)
@@ -446,13 +378,13 @@ class QmpSession:
         if self._timer is not None:
             self._timer.cancel()
         self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._writer.close()
         if not self._greeted.done():
             self._greeted.set_exception(MonitorLost(f"no QMP greeting: {reason}"))
             self._greeted.exception()  # whoever awaits it gets it too; without a waiter it must not be warned about
         for command in tuple(self._by_id.values()):
-            self._answer(command, None, _end_of(command, reason))
-            _close_all(command.fds if not command.sent else ())
+            self._answer(command, None, end_of(command, reason))
+            close_all(command.fds if not command.sent else ())
         self._by_id.clear()
         self._on_wire.clear()
         self._waiting.clear()
@@ -484,61 +416,3 @@ class QmpSession:
     def _settled(self, reason: str) -> None:
         self._liveness.start(self._oldest_in_band())
         self._listener.on_monitor_state(MonitorState.READY, reason)
-
-
-def _encode_command(
-    name: str, arguments: dict[str, Any] | None, qmp_id: int, *, oob: bool
-) -> tuple[bytes, VmloopError | None]:
-    message: dict[str, Any] = {"exec-oob" if oob else "execute": name, "id": qmp_id}
-    if arguments:
-        message["arguments"] = arguments
-    try:
-        text = msgspec.json.encode(message) + b"\n"
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        return b"", QmpError(
-            f"{name}: the arguments are no JSON: {error}", **{"class": "GenericError", "desc": str(error)}
-        )
-    if len(text) > MAX_COMMAND_BYTES:
-        return b"", Busy(f"{name}: the command has {len(text)} bytes, {MAX_COMMAND_BYTES} are possible")
-    return text, None
-
-
-def _qmp_error(name: str, error: object) -> QmpError:
-    error = error if isinstance(error, dict) else {}
-    kind = str(error.get("class", "GenericError"))[:100]
-    desc = str(error.get("desc", "no description"))[:ERROR_TEXT]
-    return QmpError(f"{name}: {desc}", **{"class": kind, "desc": desc})
-
-
-def _end_of(command: Command, reason: str) -> VmloopError:
-    if not command.sent:
-        return NotRunning(f"{command.name}: not sent: {reason}")
-    if command.reading:
-        return MonitorLost(f"{command.name}: {reason} before it answered")
-    return OutcomeUnknown(f"{command.name}: {reason} before it answered; look at the VM's state before you repeat it")
-
-
-def _greeting(content: object) -> Greeting:
-    content = content if isinstance(content, dict) else {}
-    version = content.get("version")
-    version = version if isinstance(version, dict) else {}
-    qemu = version.get("qemu")
-    qemu = qemu if isinstance(qemu, dict) else {}
-    numbers = tuple(part if isinstance(part := qemu.get(name), int) else 0 for name in ("major", "minor", "micro"))
-    capabilities = content.get("capabilities")
-    names = tuple(str(name) for name in capabilities) if isinstance(capabilities, list) else ()
-    return Greeting((numbers[0], numbers[1], numbers[2]), str(version.get("package", ""))[:200], names)
-
-
-def _microseconds(timestamp: object) -> int:
-    """QEMU's timestamp; now if it sent none that can be used (it says -1 when its own clock failed)."""
-    if isinstance(timestamp, dict):
-        seconds, micros = timestamp.get("seconds"), timestamp.get("microseconds")
-        if type(seconds) is int and type(micros) is int and 0 <= seconds < 1 << 40 and 0 <= micros < 1_000_000:
-            return seconds * 1_000_000 + micros
-    return time.time_ns() // 1000
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

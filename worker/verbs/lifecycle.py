@@ -11,6 +11,7 @@ import msgspec
 from ...common.definition import definition_from_toml
 from ...common.errors import ConfigError, DeadlineExceeded, Denied, MonitorFrozen, MonitorLost, NotRunning, VmloopError
 from ...common.states import VmState
+from .. import beginnings
 from .request import NoArguments, Request
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
     if not path.exists():
         raise ConfigError(f"VM {app.name} has no definition; define it first, or attach it")
     definition = definition_from_toml(path.read_bytes(), str(path))
-    await app.vm.start(definition, paused=arguments.paused, deadline=request.deadline)
+    await beginnings.start(app.vm, definition, paused=arguments.paused, deadline=request.deadline)
     return _run_facts(app)
 
 
 async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
     """Adopt a running QMP server as this VM."""
-    await app.vm.attach(arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
+    await beginnings.attach(app.vm, arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
     return _run_facts(app)
 
 

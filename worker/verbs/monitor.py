@@ -9,7 +9,7 @@ import msgspec
 
 from ...common.cursor import Cursor, parse_cursor
 from ...common.errors import VmloopError
-from ..qmp.session import Done
+from ..qmp.commands import Done
 from .request import Request
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import msgspec
 
 from ...common.errors import BadRequest
 from ...common.pack import unpack_map
-from ..qmp.session import Done
+from ..qmp.commands import Done
 
 
 class Request(msgspec.Struct, frozen=True):

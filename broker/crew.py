@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers' comings and goings: who presents himself, says goodbye, dies, is made again, and what that means for requests. Pure.
+
+    ABSENT ─ make_worker ─► STARTING ─ on_hello ─► READY ─ on_bye ─► LEAVING ─ on_exit ─► ABSENT
+                               ▲                     └── on_exit ─► LOST ─ delay over ─┐
+                               └───────────────────────────────────────────────────────┘
+
+Part of the core; used by core.py only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from ..common.errors import NoSuchVm, NotRunning, OutcomeUnknown, VmloopError
+from ..common.names import VmName, host_topic
+from ..common.pack import pack
+from ..common.settings import Settings
+from ..common.wire import Kind, Message, encode
+from .actions import Action, Forget, Fork, KillWorker, Publish, ToWorker, WatchWorker
+from .inflight import Entry, InFlight
+from .restarts import counts_as_stable, delay_before_restart
+from .roster import Roster, VmEntry, WorkerState
+
+log = logging.getLogger(__name__)
+
+# A process's end is seen at once, its last messages come through a socket and a thread: this long they are waited for.
+LAST_WORDS: Final = 0.02
+
+
+class Crew:
+    """All workers of a broker."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        roster: Roster,
+        inflight: InFlight,
+        act: Callable[[Action], None],
+        answer_error: Callable[[Entry, VmloopError, float], None],
+        on_changed: Callable[[VmEntry, float], None],
+    ) -> None:
+        """`act` takes an action for the loop; `on_changed` is told when a VM's status is new."""
+        self._settings = settings
+        self._roster = roster
+        self._inflight = inflight
+        self._act = act
+        self._answer_error = answer_error
+        self._on_changed = on_changed
+        self._watches: set[VmName] = set()  # VMs whose worker's state has a `due`
+
+    # -- they speak ---------------------------------------------------------------------------------------------------------
+
+    def on_hello(self, identity: bytes, name: VmName, message: Message, status: dict[str, Any], now: float) -> None:
+        """A worker presents itself, on every connection that it makes."""
+        vm = self._roster.add(name)
+        pid, incarnation = _whole(status.get("worker_pid")), _whole(status.get("incarnation"))
+        if vm.worker.state is WorkerState.READY and incarnation < vm.incarnation:
+            log.warning("VM %s: an older worker (pid %d) still speaks; it is told to leave", name, pid)
+            self._act(ToWorker(identity, _control("leave"), 0))
+            return
+        same = vm.worker_pid == pid and vm.incarnation == incarnation
+        if vm.worker_pid != pid:
+            self._act(WatchWorker(name, pid, _whole(status.get("worker_started"))))
+        if not same and vm.incarnation:
+            vm.restarts += 1
+        vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None
+        vm.exited = False
+        vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
+        self._watches.discard(name)
+        inherited = status.pop("inherited", [])
+        self._roster.present(vm, identity)
+        vm.worker.move(WorkerState.READY, f"pid {pid}")
+        vm.take_status(status)
+        for entry in self._inflight.of_vm(name):
+            self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [])
+        self._on_changed(vm, now)
+
+    def _settle_with_new_worker(self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object]) -> None:
+        """What becomes of a request when a worker presents itself: the same one, its successor, or the first."""
+        if entry.waits_for is not None:
+            return
+        if entry.sent_to is None:
+            self.send(entry, vm, entry.frame)
+        elif same or entry.number in inherited:
+            entry.sent_to = vm.identity
+        elif entry.reading and entry.frame:
+            self.send(entry, vm, entry.frame)
+        else:
+            self._inflight.take(entry.number)
+            text = f"VM {vm.name}: its worker died while it had '{entry.op}'; look at the VM before you repeat it"
+            self._answer_error(entry, OutcomeUnknown(text), entry.received)
+
+    def on_bye(self, vm: VmEntry, now: float) -> None:
+        """A worker says goodbye: nothing more is sent to it, and its exit follows."""
+        vm.worker.move(WorkerState.LEAVING, "goodbye")
+        vm.due = None
+        if vm.exited:
+            self._left(vm, now)
+
+    def send(self, entry: Entry, vm: VmEntry, frame: bytes) -> None:
+        """Hand a request to a VM's ready worker."""
+        vm.requests += 1
+        self._act(ToWorker(vm.identity, frame, entry.number))
+        if entry.frame:
+            self._inflight.sent(entry, vm.identity)
+        else:
+            entry.sent_to = vm.identity
+
+    # -- they come and go ---------------------------------------------------------------------------------------------------
+
+    def make_worker(self, vm: VmEntry, now: float, why: str) -> None:
+        """Have a worker made; it will present itself."""
+        vm.worker.move(WorkerState.STARTING, why)
+        vm.exited = False
+        vm.due = now + self._settings.broker.worker_hello
+        self._watches.add(vm.name)
+        self._act(Fork(vm.name))
+
+    def adopt(self, vm: VmEntry, now: float) -> None:
+        """Make a worker for a VM that a broker before this one left running, unless its worker presents itself first."""
+        vm.status["alive"] = True
+        if vm.worker.state is WorkerState.ABSENT:
+            self.make_worker(vm, now, "the VM was running")
+
+    def on_forked(self, name: VmName, pid: int) -> None:
+        """The zygote has made the worker; it will present itself."""
+        vm = self._roster.get(name)
+        if vm is not None and vm.worker.state is WorkerState.STARTING:
+            vm.worker_pid = pid
+
+    def on_not_forked(self, name: VmName, error: str, now: float) -> None:
+        """The zygote could not make one (no memory, no processes)."""
+        vm = self._roster.get(name)
+        if vm is not None and vm.worker.state is WorkerState.STARTING:
+            log.error("VM %s: no worker can be made: %s", name, error)
+            self._lost(vm, now, error)
+
+    def on_exit(self, name: VmName, pid: int, now: float) -> None:
+        """A worker's pidfd says that it has ended."""
+        vm = self._roster.get(name)
+        if vm is None or vm.worker_pid != pid:
+            return
+        vm.exited = True
+        if vm.worker.state is WorkerState.LEAVING:
+            self._left(vm, now)
+        else:
+            vm.due = now + LAST_WORDS
+            self._watches.add(name)
+
+    def _died(self, vm: VmEntry, now: float) -> None:
+        """A worker has ended, and no goodbye of its was on the way."""
+        pid = vm.worker_pid
+        if counts_as_stable(now - vm.born, self._settings.restart):
+            vm.deaths = 0
+        self._roster.absent(vm)
+        body = {"vm": vm.name, "event": "WORKER_LOST", "data": {"pid": pid}, "origin": "vmloop"}
+        self._act(Publish(host_topic("WORKER_LOST"), pack(body)))
+        self._lost(vm, now, f"worker {pid} ended without a goodbye")
+
+    def _left(self, vm: VmEntry, now: float) -> None:
+        """A worker that had said goodbye is gone. Whatever was sent to it after that was never taken up, so it may go to the next one."""
+        self._roster.absent(vm)
+        vm.due = None
+        vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
+        pending = [entry for entry in self._inflight.of_vm(vm.name) if entry.waits_for is None]
+        for entry in pending:
+            if entry.frame and (entry.spawns or vm.alive):
+                entry.sent_to = None
+            else:
+                self._inflight.take(entry.number)
+                self._answer_error(entry, NotRunning(f"VM {vm.name} does not run (it is {vm.state})"), entry.received)
+        waiting = any(entry.sent_to is None and entry.waits_for is None for entry in self._inflight.of_vm(vm.name))
+        if waiting or vm.alive:
+            self.make_worker(vm, now, "requests wait" if waiting else "the VM runs on")
+        elif vm.status.get("forget") or not vm.known:
+            self.forget(vm)
+
+    def _lost(self, vm: VmEntry, now: float, why: str) -> None:
+        vm.deaths += 1
+        waiting = any(entry.waits_for is None for entry in self._inflight.of_vm(vm.name))
+        if not vm.alive and not waiting:
+            vm.worker.move(WorkerState.ABSENT, why)
+            self._watches.discard(vm.name)
+            if not vm.known:
+                self.forget(vm)
+            return
+        vm.worker.move(WorkerState.LOST, why)
+        delay = delay_before_restart(vm.deaths, self._settings.restart)
+        if delay:
+            vm.due = now + delay
+            self._watches.add(vm.name)
+        else:
+            self.make_worker(vm, now, "at once")
+
+    def forget(self, vm: VmEntry) -> None:
+        """There is nothing behind this name any more."""
+        for entry in self._inflight.of_vm(vm.name):
+            self._inflight.take(entry.number)
+            self._answer_error(entry, NoSuchVm(f"VM {vm.name} is no more"), entry.received)
+        self._watches.discard(vm.name)
+        self._roster.remove(vm)
+        self._act(Forget(vm.name))
+
+    def on_new_zygote(self) -> None:
+        """A zygote that holds nothing has taken the place of one that died: workers hand it their connections."""
+        for vm in self._roster:
+            if vm.worker.state is WorkerState.READY:
+                self._act(ToWorker(vm.identity, _control("keep"), 0))
+
+    # -- time ---------------------------------------------------------------------------------------------------------------
+
+    def next_due(self) -> float | None:
+        """When `on_tick` has something to do; None: not by itself."""
+        watched = (self._roster.get(name) for name in self._watches)
+        return min((vm.due for vm in watched if vm is not None and vm.due is not None), default=None)
+
+    def on_tick(self, now: float) -> None:
+        """Workers whose time to say something is over."""
+        for name in tuple(self._watches):
+            vm = self._roster.get(name)
+            if vm is None or vm.due is None:
+                self._watches.discard(name)
+            elif vm.due <= now:
+                self._watches.discard(name)
+                self._overdue(vm, now)
+
+    def _overdue(self, vm: VmEntry, now: float) -> None:
+        match vm.worker.state:
+            case WorkerState.READY if vm.exited:
+                self._died(vm, now)
+            case WorkerState.LOST:
+                self.make_worker(vm, now, "its delay is over")
+            case WorkerState.STARTING if vm.exited:
+                self._roster.absent(vm)
+                self._lost(vm, now, "it ended before it presented itself")
+            case WorkerState.STARTING:
+                log.error("VM %s: its worker has not presented itself in time; it is ended", vm.name)
+                self._act(KillWorker(vm.name))
+                self._roster.absent(vm)
+                self._lost(vm, now, "it never presented itself")
+            case _:
+                vm.due = None
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _control(op: str) -> bytes:
+    return encode(Message(kind=Kind.CONTROL, op=op))

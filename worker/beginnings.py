@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three ways in which a run of a VM begins: start (launch a QEMU), attach (adopt one), resume (a new worker under a running one).
+
+Called by verbs/lifecycle.py and app.py; vm.py has what they share, and everything that follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+import msgspec
+
+from ..common.definition import Definition
+from ..common.errors import AlreadyRunning, DeadlineExceeded, LaunchFailed, VmloopError
+from ..common.states import VmState
+from .qemu.adopt import connect_monitor, find_process
+from .qemu.launch import launch, log_tail
+from .qemu.process import NotTheProcess, ProcessGone, QemuProcess
+from .runfile import Run, boot_id
+from .transitions import Move
+from .vm import END_GRACE, Vm
+
+log = logging.getLogger(__name__)
+
+
+async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float) -> None:
+    """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`; then the VM is shut off."""
+    _refuse_second_run(vm)
+    migrates_in = "-incoming" in definition.qemu.args
+    wanted_stopped = paused or "-S" in definition.qemu.args
+    epoch = vm.begin_run("booted")
+    run = Run(
+        epoch=epoch,
+        boot_id=boot_id(),
+        started=time.time(),
+        monitor=os.fspath(vm.paths.monitor_socket),
+        agent=os.fspath(vm.paths.agent_socket) if definition.agent.enabled else None,
+        may_kill=True,
+        binary=definition.qemu.binary,
+        definition=msgspec.to_builtins(definition),
+    )
+    try:
+        vm.save(run)
+        launched = launch(definition, vm.paths, epoch, stopped=not migrates_in, log_bytes=vm.settings.log_bytes)
+    except OSError as error:
+        vm.settle(Move(VmState.SHUTOFF, "failed"), f"{error}")
+        raise LaunchFailed(f"VM {vm.name}: {error}", log="") from error
+    except VmloopError as error:
+        vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
+        raise
+    vm.hold(launched.process)
+    try:
+        vm.save(msgspec.structs.replace(run, process=launched.process.identity, argv=launched.argv))
+        await vm.bring_up(launched.monitor, min(deadline, vm.loop.time() + vm.settings.launch))
+        if not wanted_stopped and not migrates_in:
+            vm.intent = "booted"
+            await vm.require_session().execute("cont", seconds=deadline - vm.loop.time(), reading=False)
+    except (VmloopError, OSError) as error:
+        await _abandon_launch(vm, error)
+    vm.intent = ""
+
+
+async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
+    """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
+    _refuse_second_run(vm)
+    connection = connect_monitor(qmp)
+    try:
+        found = find_process(connection, pid)
+    except VmloopError:
+        connection.close()
+        raise
+    epoch = vm.begin_run("attached")
+    vm.save(
+        Run(
+            epoch=epoch,
+            boot_id=boot_id(),
+            started=time.time(),
+            process=found.process.identity if found.process else None,
+            monitor=qmp,
+            agent=agent,
+            launched=False,
+            may_kill=found.may_kill,
+        )
+    )
+    if found.process is not None:
+        vm.hold(found.process)
+    try:
+        await vm.bring_up(connection, min(deadline, vm.loop.time() + vm.settings.launch))
+    except VmloopError as error:
+        vm.let_go()
+        vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
+        raise
+
+
+def resume(vm: Vm, kept: socket.socket | None) -> None:
+    """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
+    run = vm.run
+    assert run is not None
+    if not _find_again(vm, run):
+        if kept is not None:
+            vm.take_over(kept, run)
+        vm.finish("it ended while no worker watched")
+    elif kept is not None:
+        vm.take_over(kept, run)
+    else:
+        vm.seek_monitor()
+
+
+def _refuse_second_run(vm: Vm) -> None:
+    if vm.alive:
+        raise AlreadyRunning(f"VM {vm.name} is {vm.state.state.value} already")
+    last = vm.run
+    if last is not None and last.process is not None and last.boot_id == boot_id():
+        try:
+            QemuProcess(last.process).close()
+        except (ProcessGone, NotTheProcess):
+            return  # the old run is over
+        else:
+            raise AlreadyRunning(
+                f"VM {vm.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
+            )
+
+
+async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
+    """QEMU did not come up: make sure that it is gone, and say what it printed."""
+    process = vm.process
+    ended_by_itself = process is None or process.ended()
+    if process is not None:
+        process.kill()
+        if not await vm.wait_until(vm.gone.is_set, vm.loop.time() + END_GRACE):
+            raise DeadlineExceeded(
+                f"VM {vm.name}: {error}; its QEMU (pid {process.pid}) does not end either"
+            ) from error
+    tail = log_tail(vm.paths)
+    why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
+    last = tail.splitlines()[-1] if tail else "nothing was printed"
+    raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error
+
+
+def _find_again(vm: Vm, run: Run) -> bool:
+    """Hold the run's process again. False if it is known to be gone."""
+    if run.boot_id != boot_id():
+        return False
+    if run.process is None:
+        return True
+    try:
+        vm.hold(QemuProcess(run.process))
+    except (
+        ProcessGone,
+        NotTheProcess,
+    ) as error:  # the pid is nobody, or somebody else: the run's process is no more
+        log.info("VM %s: %s", vm.name, error)
+        return False
+    return True
