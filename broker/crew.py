@@ -63,7 +63,7 @@ class Crew:
             return
         same = vm.worker_pid == pid and vm.incarnation == incarnation
         if vm.worker_pid != pid:
-            self._act(WatchWorker(name, pid, _whole(status.get("worker_started"))))
+            self._act(WatchWorker(name, pid, _whole(status.get("worker_ticks"))))
         if not same and vm.incarnation:
             vm.restarts += 1
         vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None

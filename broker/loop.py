@@ -180,9 +180,9 @@ class Loop:
                 self._spawner.fork(name)
             case KillWorker(name):
                 self._spawner.kill(name)
-            case WatchWorker(name, pid, _):
+            case WatchWorker(name, pid, started):
                 self._looker.forget(name)
-                self._spawner.watch(name, pid)
+                self._spawner.watch(name, pid, started)
             case Forget(name):
                 self._looker.forget(name)
             case EndZygote():

@@ -22,6 +22,7 @@ import msgspec
 from ..common.errors import BadRequest
 from ..common.names import VmName
 from ..common.paths import Paths
+from ..common.process import ProcessGone, identify
 from ..common.settings import Settings
 from ..common.zygote_wire import Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
 
@@ -116,14 +117,24 @@ class Spawner:
         )
         self._send(Fork(name, msgspec.msgpack.encode(spec)), name)
 
-    def watch(self, name: VmName, pid: int) -> None:
-        """Watch a worker that presented itself without having been forked for this broker."""
+    def watch(self, name: VmName, pid: int, started: int) -> None:
+        """Watch a worker that presented itself without having been forked for this broker; `started` as in common/process.py."""
         if any(known == (name, pid) for known in self._workers.values()):
             return
         try:
-            self._hold(name, pid, os.pidfd_open(pid))
-        except ProcessLookupError:
+            pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, ValueError):
             self._on_exit(name, pid)
+            return
+        self._hold(name, pid, pidfd)
+        try:
+            if identify(pid).started == started:
+                return
+        except ProcessGone:
+            return  # the pidfd tells
+        log.warning("VM %s: process %d is not the worker that presented itself", name, pid)
+        self._release(pidfd)
+        self._on_exit(name, pid)
 
     def kill(self, name: VmName) -> None:
         """End the workers of a VM (not the VM)."""
@@ -143,9 +154,8 @@ class Spawner:
             if self._zygote is not None and fd == self._zygote.fileno():
                 self._receive(self._zygote)
             elif fd in self._workers:
-                name, pid = self._workers.pop(fd)
-                self._epoll.unregister(fd)
-                os.close(fd)
+                name, pid = self._workers[fd]
+                self._release(fd)
                 self._on_exit(name, pid)
 
     def close(self) -> None:
@@ -163,6 +173,11 @@ class Spawner:
     def _hold(self, name: VmName, pid: int, pidfd: int) -> None:
         self._workers[pidfd] = (name, pid)
         self._epoll.register(pidfd, select.EPOLLIN)
+
+    def _release(self, pidfd: int) -> None:
+        del self._workers[pidfd]
+        self._epoll.unregister(pidfd)
+        os.close(pidfd)
 
     def _send(self, packet: Fork | Quit, name: VmName | None) -> None:
         try:

@@ -79,6 +79,7 @@ class App:
         self._status_due = False
         self._ask_to_leave = asyncio.Event()
         self._last_request = loop.time()
+        self._born = time.time()
         self._keeper = Keeper(paths.zygote_socket, name)
         self.events = EventLog(name, page, self._publish, settings.worker.recent_events)
         self.vm = Vm(
@@ -329,7 +330,8 @@ class App:
             "protocol": PROTOCOL,
             "version": __version__,
             "worker_pid": os.getpid(),
-            "worker_started": self._page.words[Word.WORKER_STARTED],
+            "worker_ticks": self._page.words[Word.WORKER_STARTED],
+            "worker_started": self._born,
             "incarnation": self._page.words[Word.INCARNATION],
             "inherited": self._inherited if kind is Kind.HELLO else [],
             "forget": self.forget,

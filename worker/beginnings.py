@@ -15,10 +15,11 @@ import msgspec
 
 from ..common.definition import Definition
 from ..common.errors import AlreadyRunning, DeadlineExceeded, LaunchFailed, VmloopError
+from ..common.process import NotTheProcess, ProcessGone
 from ..common.states import VmState
 from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail
-from .qemu.process import NotTheProcess, ProcessGone, QemuProcess
+from .qemu.process import QemuProcess
 from .runfile import Run, boot_id
 from .transitions import Move
 from .vm import END_GRACE, Vm

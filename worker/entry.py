@@ -24,11 +24,11 @@ from ..common.log import log_to_file
 from ..common.names import VmName, vm_name
 from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths, VmPaths
+from ..common.process import identify
 from ..common.settings import Settings
 from ..common.zygote_wire import WorkerSpec
 from .app import App
 from .loop import new_loop
-from .qemu.process import identify
 from .runfile import remove_directory
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from ..common.durable import set_aside, write_whole
-from .qemu.process import Identity
+from ..common.process import Identity
 
 log = logging.getLogger(__name__)
 

@@ -74,6 +74,12 @@ class Subject(ABC):
         assert self.process is not None
         self.process.send_signal(number)
 
+    def suspend(self) -> None:
+        """Stop the process; each of its threads has stopped when this returns."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def wait(self) -> int:
         """The exit status, once it ends."""
         assert self.process is not None

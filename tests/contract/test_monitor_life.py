@@ -243,7 +243,7 @@ def test_the_reply_to_a_client_that_left_goes_to_the_next_one(subject: Subject) 
 def test_a_stopped_process_answers_nothing_until_it_goes_on(subject: Subject) -> None:
     subject.start()
     with subject.client() as client:
-        subject.signal(signal.SIGSTOP)
+        subject.suspend()
         client.send({"exec-oob": "query-yank", "id": 1})
         client.send({"execute": "query-status", "id": 2})
         assert client.quiet()

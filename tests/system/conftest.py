@@ -8,14 +8,21 @@ from collections.abc import Iterator
 import pytest
 
 from vmloop.client.session import Host
+from vmloop.client.vm import Vm
 
 from .site import Site
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
+def settings() -> str:
+    """The text of etc/vmloop.toml; a module that wants other settings than the defaults has a fixture of this name."""
+    return ""
+
+
+@pytest.fixture
+def site(settings: str) -> Iterator[Site]:
     """A root with a running broker; afterwards nothing of it may be left."""
-    made = Site()
+    made = Site(settings)
     try:
         made.start_broker()
         yield made
@@ -27,3 +34,18 @@ def site() -> Iterator[Site]:
 def host(site: Site) -> Host:
     """A client of that broker."""
     return site.host()
+
+
+@pytest.fixture
+def beside(site: Site, host: Host) -> Iterator[Vm]:
+    """A healthy VM beside what a test does to others: it, its worker and the broker must come out of it untouched."""
+    site.define(host, "beside")
+    host.vm("beside").start()
+    vm = host.vm("beside")
+    before, broker = vm.show(), host.version().pid
+    assert vm.qmp("query-status")["status"] == "running"
+    yield vm
+    assert vm.qmp("query-status", timeout=5.0)["status"] == "running"
+    after = vm.show()
+    assert (after.worker_pid, after.pid, after.cursor) == (before.worker_pid, before.pid, before.cursor)
+    assert host.version().pid == broker

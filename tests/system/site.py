@@ -35,7 +35,8 @@ REAL_ARGS: Final = ["-machine", "q35,accel=tcg", "-m", "64", "-nodefaults", "-di
 class Site:
     """One root directory with its broker."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: str = "") -> None:
+        """`settings`: the text of etc/vmloop.toml, which the broker reads when it starts."""
         # Not pytest's tmp_path: a unix socket's path has 107 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="vml-"))
         self.paths: Paths = paths_under(self.root)
@@ -43,6 +44,9 @@ class Site:
         self._hosts: list[Host] = []
         self._started: list[subprocess.Popen[bytes]] = []
         self._log = (self.root / "broker.log").open("ab")
+        if settings:
+            self.paths.etc.mkdir()
+            self.paths.settings_file.write_text(settings)
 
     # -- the broker ---------------------------------------------------------------------------------------------------------
 

@@ -41,10 +41,8 @@ def events_of(host: Host, name: str) -> list[tuple[str, dict[str, object]]]:
     """What the worker still keeps of the VM's events."""
     vm = host.vm(name)
     newest = vm.cursor()
-    seen = []
     with host.events(name, since=Cursor(newest.epoch, 0), follow=False) as events:
-        seen = [(event.event, dict(event.data)) for event in events]
-    return seen
+        return [(event.event, dict(event.data)) for event in events]
 
 
 def test_a_vm_starts_runs_and_its_life_is_told_in_order(site: Site, host: Host) -> None:

@@ -14,7 +14,8 @@ import msgspec
 
 from ...common.errors import BadRequest, Denied, MonitorLost
 from ...common.paths import require_socket_path
-from .process import NotTheProcess, ProcessGone, QemuProcess, identify, peer_of
+from ...common.process import NotTheProcess, ProcessGone, identify
+from .process import QemuProcess, peer_of
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -21,7 +21,8 @@ import msgspec
 from ...common.definition import AGENT_ID, MONITOR_ID, SIMULATED, Definition
 from ...common.errors import LaunchFailed
 from ...common.paths import VmPaths, require_socket_path
-from .process import Identity, ProcessGone, QemuProcess, identify
+from ...common.process import Identity, ProcessGone, identify
+from .process import QemuProcess
 
 LOG_TAIL_BYTES: Final = 4096  # of qemu.log, shown with `launch-failed`
 VM_VARIABLE: Final = "VMLOOP_VM"  # in QEMU's environment: state directory and epoch, to recognise it by
@@ -46,7 +47,10 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
     if agent_fd is not None:
         argv += ["-chardev", f"socket,id={AGENT_ID},fd={agent_fd},server=on,wait=off"]
         argv += ["-device", f"virtio-serial,id={AGENT_ID}-bus"]
-        argv += ["-device", f"virtserialport,bus={AGENT_ID}-bus.0,chardev={AGENT_ID},name=org.qemu.guest_agent.0"]
+        argv += [
+            "-device",
+            f"virtserialport,bus={AGENT_ID}-bus.0,chardev={AGENT_ID},name=org.qemu.guest_agent.0,id={AGENT_ID}-port",
+        ]
     if stopped:
         argv.append("-S")
     return argv

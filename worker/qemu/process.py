@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """QEMU as a process: who it is, whether it lives, and signals that can only hit it. Used by vm.py.
 
-A pid alone is never trusted. A process is known by pid, start time and executable; it is held by a pidfd, and signals go through that:
-the kernel then refuses rather than hit a later process with the same number.
+Who a process is: common/process.py. It is held by a pidfd, and signals go through that: the kernel then refuses rather than hit a later
+process with the same number.
 """
 
 from __future__ import annotations
@@ -13,46 +13,8 @@ import signal
 import socket
 import struct
 import subprocess
-from pathlib import Path
-from typing import Final
 
-import msgspec
-
-_STARTTIME_FIELD: Final = 22  # /proc/PID/stat, counted from 1 (proc(5))
-_STATE_FIELD: Final = 3
-
-
-class ProcessGone(Exception):
-    """The process is known not to exist any more."""
-
-
-class NotTheProcess(Exception):
-    """There is a process with this pid, but it is another one."""
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """Which process: `started` in clock ticks after boot."""
-
-    pid: int
-    started: int
-    executable: str
-
-
-def identify(pid: int) -> Identity:
-    """Who has this pid now. Raises `ProcessGone`; a zombie is gone: it ended, only nobody has asked for its status."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        raise ProcessGone(f"no process {pid}") from None
-    # The command name in parentheses may hold anything; the fields are counted from behind it.
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    if fields[_STATE_FIELD - 3] in (b"Z", b"X"):
-        raise ProcessGone(f"process {pid} has ended")
-    try:
-        executable = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
-    except FileNotFoundError:
-        raise ProcessGone(f"process {pid} has ended") from None
-    return Identity(pid, int(fields[_STARTTIME_FIELD - 3]), executable)
+from ...common.process import Identity, NotTheProcess, ProcessGone, identify
 
 
 def peer_of(connection: socket.socket) -> int:
