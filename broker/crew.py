@@ -11,6 +11,7 @@ Part of the core; used by core.py only.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -41,14 +42,16 @@ class Crew:
         act: Callable[[Action], None],
         answer_error: Callable[[Entry, VmloopError, float], None],
         on_changed: Callable[[VmEntry, float], None],
+        wall_micros: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        """`act` takes an action for the loop; `on_changed` is told when a VM's status is new."""
+        """`act` takes an action for the loop; `on_changed` is told when a VM's status is new; `wall_micros`: the time that events carry."""
         self._settings = settings
         self._roster = roster
         self._inflight = inflight
         self._act = act
         self._answer_error = answer_error
         self._on_changed = on_changed
+        self._wall_micros = wall_micros
         self._watches: set[VmName] = set()  # VMs whose worker's state has a `due`
 
     # -- they speak ---------------------------------------------------------------------------------------------------------
@@ -156,8 +159,9 @@ class Crew:
         if counts_as_stable(now - vm.born, self._settings.restart):
             vm.deaths = 0
         self._roster.absent(vm)
-        body = {"vm": vm.name, "event": "WORKER_LOST", "data": {"pid": pid}, "origin": "vmloop"}
-        self._act(Publish(host_topic("WORKER_LOST"), pack(body)))
+        # The doorbell. In the VM's own stream the next worker says it, with a number.
+        event = {"vm": vm.name, "epoch": vm.epoch, "seq": 0, "time": self._wall_micros(), "event": "WORKER_LOST"}
+        self._act(Publish(host_topic("WORKER_LOST"), pack({**event, "data": {"pid": pid}, "origin": "vmloop"})))
         self._lost(vm, now, f"worker {pid} ended without a goodbye")
 
     def _left(self, vm: VmEntry, now: float) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -173,6 +174,8 @@ class Vm:
         self._page.words[Word.FACTS] = 0
         self._page.words[Word.QMP_ID] = 0
         self._ending = False
+        incarnation = self._page.words[Word.INCARNATION]
+        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
         self.state.move(VmState.STARTING, reason)
         return epoch
 

@@ -77,7 +77,7 @@ class QemuProcess:
 def describe_exit(status: int | None) -> str:
     """An exit status in words."""
     if status is None:
-        return "ended"
+        return "ended; its status went to its parent, which is not this worker"
     if status < 0:
         try:
             return f"was ended by {signal.Signals(-status).name}"

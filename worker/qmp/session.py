@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
 OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
+REPAIR_SECONDS: Final = (
+    3600.0  # QEMU answers in order, however late; nobody but a cut command's caller waits, with a deadline of its own
+)
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
 
 
@@ -138,17 +141,26 @@ class QmpSession:
         self._settled("connection taken over")
 
     def _repair_half_sent_command(self) -> None:
-        """A predecessor died inside a send: 0xFF ends whatever QEMU's parser has begun (qapi/qmp: the lexer's resynchronisation)."""
+        """A predecessor died inside a send. 0xFF ends whatever QEMU's parser has begun (its lexer starts anew there).
+
+        Whether the command was complete only QEMU knows: it answers in order, so a command of ours behind it tells.
+        """
         if not self._writer.predecessor_was_cut:
             return
-        last = max(self._on_wire, default=0)
-        command = self._on_wire.pop(last, None)
-        if command is not None:
-            self._forget(command)
-            self._answer(
-                command, None, WorkerLost("the worker was killed while it sent the command; it was not carried out")
-            )
+        cut = max(self._on_wire, default=0)
+
+        def behind_it(_: Any, error: VmloopError | None) -> None:
+            if error is not None and not isinstance(error, QmpError):
+                return  # not QEMU's word
+            command = self._on_wire.pop(cut, None)
+            if command is not None:
+                text = f"{command.name}: the worker was killed while it sent the command; it was not carried out"
+                self._answer(command, None, WorkerLost(text))
+                self._forget(command)
+
         self._writer.write(b"\xff")
+        deadline = self._loop.time() + REPAIR_SECONDS
+        self.submit("query-name", None, done=behind_it, deadline=deadline, reading=True, wait_frozen=True)
 
     # -- commands -----------------------------------------------------------------------------------------------------------
 
