@@ -51,6 +51,8 @@ def serve(paths: Paths) -> int:
         for socket in (clients, workers, publisher):
             socket.close()
         context.term()  # bounded by the sockets' linger
+        for path in (paths.client_socket, paths.worker_socket, paths.events_socket):
+            path.unlink(missing_ok=True)  # ours: we hold the lock
         os.close(lock)
     return 0
 
@@ -75,7 +77,9 @@ def _run(
         for found in scan(paths):
             entry = core.roster.add(found.name, found.status)
             entry.epoch = found.epoch
-            if found.status.get("alive"):
+            if found.worker is not None:
+                core.crew.expect(entry, found.worker, now)
+            elif found.status.get("alive"):
                 core.crew.adopt(entry, now)
         log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
         notifier.ready(f"{len(core.roster)} VMs known")

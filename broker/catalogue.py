@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ..common.errors import BadRequest
 from ..common.names import VmName, vm_name
+from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths
+from ..common.process import Identity, ProcessGone, identify
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Found(msgspec.Struct, frozen=True):
     name: VmName
     epoch: int
     status: dict[str, Any]
+    worker: Identity | None  # its worker, if that lives
 
 
 def scan(paths: Paths) -> list[Found]:
@@ -49,13 +53,15 @@ def scan(paths: Paths) -> list[Found]:
     for entry in sorted(os.scandir(paths.vms_state), key=lambda entry: entry.name):
         try:
             name = vm_name(entry.name)
+            if not entry.is_dir():
+                raise BadRequest("it is no directory")
         except BadRequest as error:
             log.warning("%s is no VM's directory: %s", entry.path, error)
             continue
         defined = paths.vm(name).definition.exists()
         run = _read(paths, name)
         if defined or run is not None:
-            found.append(Found(name, run.epoch if run else 0, _status(run, defined)))
+            found.append(Found(name, run.epoch if run else 0, _status(run, defined), _worker(paths.vm(name).page)))
     return found
 
 
@@ -69,6 +75,17 @@ def _read(paths: Paths, name: VmName) -> _Run | None:
     except (OSError, msgspec.MsgspecError, RecursionError) as error:
         log.warning("%s cannot be read (%s): VM %s is unknown until its worker has looked", path, error, name)
         return _Run()
+
+
+def _worker(path: Path) -> Identity | None:
+    """The worker whose page this is; None if it is gone, or the page is."""
+    try:
+        with Page(path, writable=False) as page:
+            pid, started = page.words[Word.WORKER_PID], page.words[Word.WORKER_STARTED]
+        worker = identify(pid)
+    except (OSError, PageDamaged, ProcessGone):
+        return None
+    return worker if worker.started == started else None
 
 
 def _status(run: _Run | None, defined: bool) -> dict[str, Any]:

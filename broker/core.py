@@ -50,7 +50,7 @@ from ..common.wire import (
     with_id,
 )
 from .actions import Action, Publish, ToClient
-from .crew import Crew
+from .crew import Crew, is_pid
 from .inflight import Entry, InFlight
 from .roster import Roster, VmEntry, WorkerState
 
@@ -64,8 +64,12 @@ WORKER_GRACE: Final = 0.25
 FAREWELL: Final = 0.1
 
 _REQUEST: Final = int(Kind.REQUEST)
+_ANSWERED_HERE: Final = frozenset({"show", "wait"})
+# A worker carries these out too, but only for the host's sake: their requests may have to wait for a worker to be made.
+_OF_THE_HOST: Final = frozenset({"start", "attach", "define", "undefine"})
 _PARTIAL: Final = int(Kind.PARTIAL)
 _ANSWERS: Final = frozenset({int(Kind.REPLY), int(Kind.PARTIAL), int(Kind.ERROR)})
+_STATUSES: Final = frozenset({Kind.HELLO, Kind.STATUS, Kind.BYE})
 
 
 class Core:
@@ -114,7 +118,10 @@ class Core:
                 decode(frame)  # says what is wrong
                 raise BadFrame("a client sends requests: kind 1")
             service = frame[HEADER_BYTES:op_at]
-            entry.op = frame[op_at : op_at + op_len].decode("utf-8", "replace")
+            try:
+                entry.op = frame[op_at : op_at + op_len].decode()
+            except UnicodeDecodeError:
+                raise BadFrame("service and op must be UTF-8") from None
             seconds = _checked_timeout(seconds)
             vm = self.roster.by_service.get(service)
             if vm is not None and vm.worker.state is WorkerState.READY and self._goes_to_worker(entry.op):
@@ -168,7 +175,7 @@ class Core:
 
     @staticmethod
     def _goes_to_worker(op: str) -> bool:
-        return op not in ("show", "wait")
+        return op not in _ANSWERED_HERE and op not in _OF_THE_HOST
 
     def _dispatch(self, entry: Entry, service: str, frame: bytes, seconds: float, now: float) -> None:
         """Everything but the short way: requests to the host, and to VMs without a ready worker."""
@@ -181,7 +188,11 @@ class Core:
         vm = self.roster.get(name)
         if vm is None or not vm.known:
             raise NoSuchVm(f"there is no VM {name!r}; 'vmloop list' shows all, 'vmloop define' makes one")
-        if not self._goes_to_worker(entry.op):
+        if entry.op in _OF_THE_HOST:
+            raise BadRequest(
+                f"{entry.op} is an operation of the host: send it to the service 'vmloop', with the name as an argument"
+            )
+        if entry.op in _ANSWERED_HERE:
             self.on_lookup(entry, vm, frame, seconds, now)
         elif vm.worker.state is WorkerState.READY:
             self._forward(entry, vm, frame, seconds, now)
@@ -206,17 +217,13 @@ class Core:
         self._enter(entry, vm, now + seconds + WORKER_GRACE)
         frame = forwarded(frame, entry.number, seconds)
         if entry.reading:
-            self.inflight.hold_frame(entry, frame)
+            self._hold(entry, frame)
         self.crew.send(entry, vm, frame)
 
     def wait_for_worker(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:
         """Keep a request until the VM has a ready worker, and have one made if none is on its way."""
         self._enter(entry, vm, now + seconds + WORKER_GRACE)
-        try:
-            self.inflight.hold_frame(entry, forwarded(frame, entry.number, seconds))
-        except Busy:
-            self.inflight.take(entry.number)
-            raise
+        self._hold(entry, forwarded(frame, entry.number, seconds))
         if vm.worker.state is WorkerState.READY:
             self.crew.send(entry, vm, entry.frame)
         elif vm.worker.state is WorkerState.ABSENT:
@@ -224,24 +231,38 @@ class Core:
 
     def _enter(self, entry: Entry, vm: VmEntry | None, deadline: float) -> None:
         name = vm.name if vm is not None else None
-        self.inflight.require_room(entry.client, name)
+        # A VM that answers nothing has many requests in flight, and must be killed all the same.
+        self.inflight.require_room(entry.client, None if entry.op == "kill" else name)
         entry.number = self.inflight.next_number()
         entry.vm = name
         self.inflight.add(entry, deadline)
+
+    def _hold(self, entry: Entry, frame: bytes) -> None:
+        try:
+            self.inflight.hold_frame(entry, frame)
+        except Busy:
+            self.inflight.take(entry.number)
+            raise
 
     def on_undeliverable(self, number: int, *, full: bool) -> None:
         """The loop could not hand a request to its worker."""
         entry = self.inflight.get(number)
         if entry is None:
             return
-        if full:
-            self.inflight.take(number)
-            self._answer_error(
-                entry, Busy(f"VM {entry.vm}: its worker does not keep up; try again later"), entry.received
+        if entry.frame and not full:
+            entry.sent_to = (
+                None  # the worker is gone, or about to connect again: it goes to the next one that presents itself
             )
-        else:
-            # The worker is gone, and its exit is about to be reported: what then happens to the entry is decided there.
-            entry.sent_to = entry.sent_to or b"?"
+            return
+        self.inflight.take(number)
+        error = (
+            Busy(f"VM {entry.vm}: its worker does not keep up; try again later")
+            if full
+            else WorkerLost(
+                f"VM {entry.vm}: its worker was gone before it had '{entry.op}'; nothing was done, try again"
+            )
+        )
+        self._answer_error(entry, error, entry.received)
 
     # -- from workers -------------------------------------------------------------------------------------------------------
 
@@ -251,6 +272,9 @@ class Core:
             return self._drop("a worker sent something that is no native frame")
         frame = parts[0]
         _, kind, _, service_len, op_len, number, _, epoch, key_len, seq = HEADER.unpack_from(frame)
+        body_at = HEADER_BYTES + service_len + op_len + key_len
+        if body_at > len(frame):
+            return self._drop("a worker sent a frame whose lengths do not fit")
         vm = self.roster.by_identity.get(identity)
         if vm is not None:
             vm.heard = now
@@ -258,9 +282,6 @@ class Core:
         if kind in _ANSWERS:
             self._last_answer = now
             return self._on_answer(number, kind, frame)
-        body_at = HEADER_BYTES + service_len + op_len + key_len
-        if body_at > len(frame):
-            return self._drop("a worker sent a frame whose lengths do not fit")
         if kind == Kind.EVENT:
             service_end = HEADER_BYTES + service_len
             topic = frame[HEADER_BYTES:service_end] + b"/" + frame[service_end : service_end + op_len]
@@ -300,7 +321,11 @@ class Core:
             status = unpack_map(message.body)
         except BadRequest as error:
             return self._drop(f"a worker's {frame[4]}: {error}")
+        if message.kind not in _STATUSES:
+            return self._drop(f"a worker sent a {message.kind.name}")
         if message.kind is Kind.HELLO:
+            if not is_pid(status.get("worker_pid")):
+                return self._drop(f"a worker of VM {name} presents itself without its pid")
             return self.crew.on_hello(identity, name, message, status, now)
         vm = self.roster.by_identity.get(identity)
         if vm is None or vm.name != name:

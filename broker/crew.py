@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..common.errors import NoSuchVm, NotRunning, OutcomeUnknown, VmloopError
 from ..common.names import VmName, host_topic
 from ..common.pack import pack
+from ..common.process import Identity
 from ..common.settings import Settings
 from ..common.wire import Kind, Message, encode
 from .actions import Action, Forget, Fork, KillWorker, Publish, ToWorker, WatchWorker
@@ -65,19 +66,21 @@ class Crew:
             self._act(ToWorker(identity, _control("leave"), 0))
             return
         same = vm.worker_pid == pid and vm.incarnation == incarnation
+        ended = vm.exited and vm.worker_pid == pid  # then these are its last words, and it gets nothing to do
         if vm.worker_pid != pid:
             self._act(WatchWorker(name, pid, _whole(status.get("worker_ticks"))))
         if not same and vm.incarnation:
             vm.restarts += 1
-        vm.worker_pid, vm.incarnation, vm.born, vm.due = pid, incarnation, now, None
-        vm.exited = False
+        vm.worker_pid, vm.incarnation, vm.born = pid, incarnation, vm.born if same else now
         vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
-        self._watches.discard(name)
+        if not ended:
+            vm.exited, vm.due = False, None
+            self._watches.discard(name)
         inherited = status.pop("inherited", [])
         self._roster.present(vm, identity)
         vm.worker.move(WorkerState.READY, f"pid {pid}")
         vm.take_status(status)
-        for entry in self._inflight.of_vm(name):
+        for entry in self._inflight.of_vm(name) if not ended else ():
             self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [])
         self._on_changed(vm, now)
 
@@ -128,10 +131,18 @@ class Crew:
         if vm.worker.state is WorkerState.ABSENT:
             self.make_worker(vm, now, "the VM was running")
 
+    def expect(self, vm: VmEntry, worker: Identity, now: float) -> None:
+        """A worker that a broker before this one had made lives: it will present itself, and another one would only be in its way."""
+        vm.worker.move(WorkerState.STARTING, f"its worker lives, pid {worker.pid}")
+        vm.worker_pid = worker.pid
+        vm.due = now + self._settings.broker.worker_hello
+        self._watches.add(vm.name)
+        self._act(WatchWorker(vm.name, worker.pid, worker.started))
+
     def on_forked(self, name: VmName, pid: int) -> None:
         """The zygote has made the worker; it will present itself."""
         vm = self._roster.get(name)
-        if vm is not None and vm.worker.state is WorkerState.STARTING:
+        if vm is not None and vm.worker.state is WorkerState.STARTING and not vm.exited:
             vm.worker_pid = pid
 
     def on_not_forked(self, name: VmName, error: str, now: float) -> None:
@@ -165,15 +176,18 @@ class Crew:
         self._lost(vm, now, f"worker {pid} ended without a goodbye")
 
     def _left(self, vm: VmEntry, now: float) -> None:
-        """A worker that had said goodbye is gone. Whatever was sent to it after that was never taken up, so it may go to the next one."""
+        """A worker that had said goodbye is gone, with everything answered that it had taken up, but for what QEMU still owes it.
+
+        So what waits, or would have needed a worker made, goes to the next one; of the rest, if the VM runs on, that one says what it inherited.
+        """
         self._roster.absent(vm)
-        vm.due = None
+        vm.due, vm.deaths = None, 0
         vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
         pending = [entry for entry in self._inflight.of_vm(vm.name) if entry.waits_for is None]
         for entry in pending:
-            if entry.frame and (entry.spawns or vm.alive):
+            if entry.frame and entry.spawns:
                 entry.sent_to = None
-            else:
+            elif entry.sent_to is not None and not vm.alive:
                 self._inflight.take(entry.number)
                 self._answer_error(entry, NotRunning(f"VM {vm.name} does not run (it is {vm.state})"), entry.received)
         waiting = any(entry.sent_to is None and entry.waits_for is None for entry in self._inflight.of_vm(vm.name))
@@ -214,6 +228,12 @@ class Crew:
             if vm.worker.state is WorkerState.READY:
                 self._act(ToWorker(vm.identity, _control("keep"), 0))
 
+    def dismiss_idle(self) -> None:
+        """All VMs are ended: workers without one need not wait for further requests."""
+        for vm in self._roster:
+            if vm.worker.state is WorkerState.READY and not vm.alive:
+                self._act(ToWorker(vm.identity, _control("leave"), 0))
+
     # -- time ---------------------------------------------------------------------------------------------------------------
 
     def next_due(self) -> float | None:
@@ -247,6 +267,11 @@ class Crew:
                 self._lost(vm, now, "it never presented itself")
             case _:
                 vm.due = None
+
+
+def is_pid(value: object) -> bool:
+    """Whether this can be a process of ours; 0 and 1 are nobody's worker."""
+    return 1 < _whole(value) < 1 << 31
 
 
 def _whole(value: object) -> int:

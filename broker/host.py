@@ -107,7 +107,7 @@ class HostCore(Core):
         if entry.op == "show":
             _arguments(entry.op, Nothing, frame)
             entry.vm = vm.name
-            self.answer(entry, vm.details(now, self._looker.blocked(vm.name)), now)
+            self.answer(entry, vm.details(now, self._blocked(vm)), now)
             return
         wanted = _arguments(entry.op, WaitArguments, frame).state
         if wanted not in (state.value for state in VmState):
@@ -130,6 +130,10 @@ class HostCore(Core):
             self.inflight.take(entry.number)
             self.answer(entry, {"state": vm.state, "reason": vm.status.get("reason"), "epoch": vm.epoch}, now)
 
+    def _blocked(self, vm: VmEntry) -> float:
+        """For how long the worker's loop has been held up; a worker that is gone holds up nobody."""
+        return self._looker.blocked(vm.name) if vm.worker_pid is not None else 0.0
+
     # -- looking ------------------------------------------------------------------------------------------------------------
 
     def _ping(self, ask: Ask) -> None:
@@ -143,9 +147,7 @@ class HostCore(Core):
 
     def _list(self, ask: Ask) -> None:
         _arguments(ask.entry.op, Nothing, ask.frame)
-        self.answer(
-            ask.entry, [vm.summary(ask.now, self._looker.blocked(vm.name)) for vm in self.roster if vm.known], ask.now
-        )
+        self.answer(ask.entry, [vm.summary(ask.now, self._blocked(vm)) for vm in self.roster if vm.known], ask.now)
 
     def _stats(self, ask: Ask) -> None:
         names = _arguments(ask.entry.op, StatsArguments, ask.frame).names
@@ -208,6 +210,7 @@ class HostCore(Core):
         victims = [vm for vm in self.roster if vm.alive] if how == "kill" else []
         if how == "kill":
             self.actions.append(EndZygote())
+            self.crew.dismiss_idle()
             self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
         for vm in victims:
             kill = Entry(0, b"", 0, None, None, "kill", False, ask.now)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import zmq
 
 from ..common.names import VmName
-from ..common.sockets import ready_events
+from ..common.sockets import edge_fd, ready_events
 from .actions import EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
 from .core import Core
 from .looker import ProcLooker
@@ -27,7 +27,7 @@ from .spawner import Spawner
 
 log = logging.getLogger(__name__)
 
-# Messages taken from one socket before the others get their turn.
+# Messages taken from each door before processes, signals and deadlines get their turn.
 BATCH: Final = 64
 # An idle broker wakes this often, against a lost wake-up and a clock that jumped while the machine slept.
 MAX_WAIT: Final = 60.0
@@ -47,8 +47,8 @@ class Loop:
         self._looker = looker
         self._signals: deque[int] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
-        self._side = select.epoll()  # everything that is rare: signals, processes
-        self._poller = zmq.Poller()
+        self._epoll = select.epoll()
+        self._doors = ((clients, core.on_client), (workers, core.on_worker))
         self._spawner: Spawner | None = None
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
@@ -56,66 +56,75 @@ class Loop:
     def use(self, spawner: Spawner) -> None:
         """The process side; its callbacks are the `on_…` below."""
         self._spawner = spawner
-        self._side.register(spawner.fileno(), select.EPOLLIN)
+        self._epoll.register(spawner.fileno(), select.EPOLLIN)
 
     def run(self) -> None:
         """Until the core is finished."""
         self._catch_signals()
-        self._poller.register(self._clients, zmq.POLLIN)
-        self._poller.register(self._workers, zmq.POLLIN)
-        self._poller.register(self._side.fileno(), zmq.POLLIN)
+        for source, _ in self._doors:
+            self._epoll.register(edge_fd(source), select.EPOLLIN)
         self._perform()
+        waited: list[tuple[int, int]] = []
         while not self._core.finished:  # this is the broker's event loop
-            ready = dict(self._poller.poll(self._wait_ms()))
             now = time.monotonic()
-            if self._clients in ready:
-                self._receive(self._clients, self._core.on_client, now)
-            if self._workers in ready:
-                self._receive(self._workers, self._core.on_worker, now)
-            if self._side.fileno() in ready:
-                self._turn_side(now)
+            quiet = self._receive(now)
+            self._turn_side(waited, now)
             due = self._core.next_due()
             if due is not None and due <= now:
                 self._core.on_tick(now)
-            self._perform()
+                due = self._core.next_due()
+            if self._perform() or not quiet:
+                waited = self._epoll.poll(0.0)  # what was sent may have taken in news: look at the doors again
+            elif not self._core.finished:
+                waited = self._epoll.poll(self._wait_seconds(due))
 
     def close(self) -> None:
         signal.set_wakeup_fd(-1)
-        self._side.close()
+        self._epoll.close()
         self._wake_read.close()
         self._wake_write.close()
 
-    def _wait_ms(self) -> int:
-        due = self._core.next_due()
-        if due is None:
-            return int(MAX_WAIT * 1000)
-        # Rounded up: waking a moment early would only spin.
-        return max(0, min(int(MAX_WAIT * 1000), int((due - time.monotonic()) * 1000) + 1))
+    @staticmethod
+    def _wait_seconds(due: float | None) -> float:
+        return MAX_WAIT if due is None else max(0.0, min(MAX_WAIT, due - time.monotonic()))
 
     # -- in -----------------------------------------------------------------------------------------------------------------
 
-    def _receive(self, source: Socket, handle: Callable[[bytes, list[bytes], float], None], now: float) -> None:
-        for _ in range(BATCH):
-            identity = source.recv(zmq.NOBLOCK)
-            parts = [source.recv()]
-            while source.getsockopt(zmq.RCVMORE):
-                parts.append(source.recv())
-            try:
-                handle(identity, parts, now)
-            except Exception:  # the edge of the loop: a defect costs one message, not the broker
-                log.exception("a message of %d frames could not be dealt with", len(parts))
-            if self._core.actions:
-                self._perform()
-            if not ready_events(source) & zmq.POLLIN:
-                return
+    def _receive(self, now: float) -> bool:
+        """Take messages from both doors in turns; True when there are no more, False when others must get their turn.
 
-    def _turn_side(self, now: float) -> None:
-        for fd, _ in self._side.poll(0):
+        ZeroMQ's FD only tells of changes, and a send may take in such a change unseen: so both doors are asked again until, with
+        nothing done in between, neither has anything. Only then may the loop sleep.
+        """
+        for _ in range(BATCH):
+            quiet = True
+            for source, handle in self._doors:
+                if ready_events(source) & zmq.POLLIN:
+                    quiet = False
+                    self._take(source, handle, now)
+            if quiet:
+                return True
+        return False
+
+    def _take(self, source: Socket, handle: Callable[[bytes, list[bytes], float], None], now: float) -> None:
+        identity = source.recv(zmq.NOBLOCK)
+        parts = [source.recv()]
+        while source.getsockopt(zmq.RCVMORE):
+            parts.append(source.recv())
+        try:
+            handle(identity, parts, now)
+        except Exception:  # the edge of the loop: a defect costs one message, not the broker
+            log.exception("a message of %d frames could not be dealt with", len(parts))
+        self._perform()
+
+    def _turn_side(self, ready: list[tuple[int, int]], now: float) -> None:
+        """What is rare: signals, and news of processes."""
+        for fd, _ in ready:
             if fd == self._wake_read.fileno():
                 self._wake_read.recv(4096)
                 while self._signals:
                     self._on_signal(self._signals.popleft(), now)
-            elif self._spawner is not None:
+            elif self._spawner is not None and fd == self._spawner.fileno():
                 self._spawner.turn()
 
     def _on_signal(self, number: int, now: float) -> None:
@@ -137,8 +146,10 @@ class Loop:
 
     # -- out ----------------------------------------------------------------------------------------------------------------
 
-    def _perform(self) -> None:
-        """Do what the core decided, in order. Doing may lead to more."""
+    def _perform(self) -> bool:
+        """Do what the core decided, in order; doing may lead to more. False if there was nothing."""
+        if not self._core.actions:
+            return False
         while self._core.actions:
             actions, self._core.actions = self._core.actions, []
             for action in actions:
@@ -150,6 +161,7 @@ class Loop:
                     self._publisher.send_multipart([action.topic, action.body], zmq.NOBLOCK)
                 else:
                     self._act_on_process(action)
+        return True
 
     def _send_to_client(self, action: ToClient) -> None:
         try:
@@ -194,7 +206,7 @@ class Loop:
         """Handlers only enqueue; the loop is woken through a socket."""
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._side.register(self._wake_read.fileno(), select.EPOLLIN)
+        self._epoll.register(self._wake_read.fileno(), select.EPOLLIN)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._enqueue)

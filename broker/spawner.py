@@ -123,7 +123,7 @@ class Spawner:
             return
         try:
             pidfd = os.pidfd_open(pid)
-        except (ProcessLookupError, ValueError):
+        except (OSError, ValueError, OverflowError):  # gone, or no pid at all
             self._on_exit(name, pid)
             return
         self._hold(name, pid, pidfd)
@@ -132,6 +132,8 @@ class Spawner:
                 return
         except ProcessGone:
             return  # the pidfd tells
+        except OSError as error:
+            log.warning("VM %s: process %d cannot be looked at: %s", name, pid, error)
         log.warning("VM %s: process %d is not the worker that presented itself", name, pid)
         self._release(pidfd)
         self._on_exit(name, pid)

@@ -61,6 +61,7 @@ class Zygote:
         self._kept: dict[str, dict[str, int]] = {}  # VM → slot → fd
         self._workers: dict[int, str] = {}  # pid → VM
         self._ending = False
+        self._met_somebody = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._poll = select.poll()
 
@@ -75,9 +76,8 @@ class Zygote:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._poll.register(self._listener, select.POLLIN)
         self._poll.register(self._wake_read, select.POLLIN)
-        met_somebody = False
         while True:
-            ready = self._poll.poll(None if met_somebody else LONELY_MS)
+            ready = self._poll.poll(None if self._met_somebody else LONELY_MS)
             for fd, _ in ready:
                 if fd == self._listener.fileno():
                     self._accept()
@@ -86,18 +86,15 @@ class Zygote:
                 elif fd in self._connections:
                     self._receive(fd)
             self._reap()
-            met_somebody = met_somebody or bool(self._connections)
-            if self._nothing_left() or not (ready or met_somebody):
+            if self._nothing_left() or not (ready or self._met_somebody):
                 return
 
     def _nothing_left(self) -> bool:
         if self._ending and not self._workers:
             return True
-        return not (self._connections or self._workers or self._kept) and self._listener_is_quiet()
-
-    def _listener_is_quiet(self) -> bool:
-        """Nobody has connected since we last looked (and nobody ever did: `run` bounds that wait)."""
-        return not select.select([self._listener], [], [], 0)[0] and bool(self._brokers)
+        if not self._met_somebody or self._connections or self._workers or self._kept:
+            return False
+        return not select.select([self._listener], [], [], 0)[0]  # somebody may be connecting just now
 
     # -- packets ------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +104,7 @@ class Zygote:
         except BlockingIOError:
             return
         connection.setblocking(False)
+        self._met_somebody = True
         self._connections[connection.fileno()] = connection
         self._poll.register(connection, select.POLLIN)
 
@@ -138,6 +136,7 @@ class Zygote:
 
     def _hang_up(self, fd: int) -> None:
         connection = self._connections.pop(fd)
+        self._brokers.discard(fd)
         self._poll.unregister(connection)
         connection.close()
 

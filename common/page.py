@@ -13,9 +13,9 @@ broker (`blocked` in list), and the next worker of the same VM.
        5   pending consumption             6   carry: which carry file, and its length
        7   the last QMP id given out       8   busy since (CLOCK_MONOTONIC, ns), 0 while the loop sleeps
        9   wake-ups of the loop           10   incarnation: workers this VM has had
-      11   carry after the consumption    12   1 while a command is half written to the monitor
+      11   carry after the consumption    12   QMP id of the command that is being written, else 0
       13   state of the VM (its place in VmState)        14   facts about the run (worker/vm.py)
-      15   in that state since (microseconds since 1970)
+      15   in that state since (microseconds since 1970)      32   1 if the last worker left in order
    16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
   64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
 
@@ -64,6 +64,7 @@ class Word(IntEnum):
     STATE = 13
     FACTS = 14
     SINCE = 15
+    LEFT = 32
 
 
 class PageDamaged(Exception):

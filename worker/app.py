@@ -101,11 +101,15 @@ class App:
         """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
         if self.vm.alive:
             self._tell_of_predecessor()
+        self._page.words[Word.LEFT] = 0
+        if self.vm.alive:
             resume(self.vm, kept)
         elif kept is not None:
             kept.close()
         await self._until_over()
         await self._answer_last()
+        self._page.words[Word.LEFT] = 1
+        self._page.idle()
         if self.definition is None and self.vm.run is None:
             self.forget = True  # made for a request that came to nothing
         self._link.send(self._status(Kind.BYE))
@@ -117,7 +121,8 @@ class App:
         leave = self.loop.create_task(self._ask_to_leave.wait())
         try:
             while not over.done() and not leave.done():
-                await asyncio.wait({over, leave}, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                patience = None if self.vm.alive else IDLE_SECONDS  # under a VM an idle worker never wakes
+                await asyncio.wait({over, leave}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 idle = self.loop.time() - self._last_request >= IDLE_SECONDS and not self._tasks
                 if idle and not self.vm.alive:
                     break
@@ -135,7 +140,7 @@ class App:
 
     def _tell_of_predecessor(self) -> None:
         incarnation = self._page.words[Word.INCARNATION]
-        if incarnation > 1:
+        if incarnation > 1 and not self._page.words[Word.LEFT]:
             self.events.emit("WORKER_LOST", {"incarnation": incarnation - 1})
         self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
 
@@ -157,6 +162,8 @@ class App:
             log.warning("the broker sent %s %r, which no worker takes", message.kind.name, message.op)
 
     def _on_request(self, message: Message) -> None:
+        if self.vm.gone.is_set() or self._ask_to_leave.is_set():
+            return  # not taken up: after our goodbye the broker gives it to the next worker, or answers it
         now = self._last_request = self.loop.time()
         request = Request(
             number=message.id,
@@ -171,7 +178,7 @@ class App:
             verb = VERBS.get(message.op)
             if verb is None:
                 raise BadRequest(f"a VM has no operation {message.op!r:.60}; there are: {', '.join(sorted(VERBS))}")
-            arguments = parse_arguments(message.op, verb.arguments, message.body)
+            arguments = parse_arguments(verb, message.body)
         except BadRequest as error:
             self._finish(request, None, error)
             return
@@ -193,7 +200,6 @@ class App:
         """The short way for qmp and hmp: no task if nothing is in the way."""
         assert verb.direct is not None
         if _beside_others(request, arguments):
-            request = msgspec.structs.replace(request, reading=True) if not arguments.oob else request
             verb.direct(self, request, arguments, lambda value, error: self._finish(request, value, error))
         elif self.order.try_take(request.op):
 

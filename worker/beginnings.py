@@ -66,7 +66,7 @@ async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float
 
 async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
     """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
-    _refuse_second_run(vm)
+    _refuse_alive(vm)
     connection = connect_monitor(qmp)
     try:
         found = find_process(connection, pid)
@@ -100,7 +100,12 @@ def resume(vm: Vm, kept: socket.socket | None) -> None:
     """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
     run = vm.run
     assert run is not None
-    if not _find_again(vm, run):
+    if kept is not None and vm.page_lost:
+        vm.give_up_connection(kept)
+        kept = None
+    if run.boot_id != boot_id():
+        vm.finish("the host was restarted under it", "host-reboot")
+    elif not _find_again(vm, run):
         if kept is not None:
             vm.take_over(kept, run)
         vm.finish("it ended while no worker watched")
@@ -110,9 +115,14 @@ def resume(vm: Vm, kept: socket.socket | None) -> None:
         vm.seek_monitor()
 
 
-def _refuse_second_run(vm: Vm) -> None:
+def _refuse_alive(vm: Vm) -> None:
     if vm.alive:
         raise AlreadyRunning(f"VM {vm.name} is {vm.state.state.value} already")
+
+
+def _refuse_second_run(vm: Vm) -> None:
+    """Never two QEMUs for one VM: neither beside one that vmloop has, nor beside one that it let go."""
+    _refuse_alive(vm)
     last = vm.run
     if last is not None and last.process is not None and last.boot_id == boot_id():
         try:
@@ -143,16 +153,12 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
 
 def _find_again(vm: Vm, run: Run) -> bool:
     """Hold the run's process again. False if it is known to be gone."""
-    if run.boot_id != boot_id():
-        return False
     if run.process is None:
         return True
     try:
         vm.hold(QemuProcess(run.process))
-    except (
-        ProcessGone,
-        NotTheProcess,
-    ) as error:  # the pid is nobody, or somebody else: the run's process is no more
+    except (ProcessGone, NotTheProcess) as error:
+        # The pid is nobody now, or somebody else: the run's process is no more.
         log.info("VM %s: %s", vm.name, error)
         return False
     return True

@@ -111,18 +111,26 @@ def _open_page(paths: VmPaths) -> Page:
 def _lock(path: Path) -> int | None:
     """The VM's lock, held until this process ends; None if somebody else keeps it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(BlockingIOError),
-        wait=tenacity.wait_fixed(0.01),
-        stop=tenacity.stop_after_delay(LOCK_SECONDS),
-        reraise=True,
-    )
     try:
-        retrying(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _try_lock(fd)
     except BlockingIOError:
         os.close(fd)
         return None
     return fd
+
+
+def _try_lock(fd: int) -> None:
+    """Lock, trying again for a while. Raises BlockingIOError. The first try is made plainly: it nearly always succeeds, and what a
+    worker never touches of the zygote's memory it never copies."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(BlockingIOError),
+            wait=tenacity.wait_fixed(0.01),
+            stop=tenacity.stop_after_delay(LOCK_SECONDS),
+            reraise=True,
+        )(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _name_process(name: str) -> None:

@@ -25,6 +25,9 @@ from ..common.wire import Kind, Message, encode
 
 Origin = Literal["qmp", "agent", "vmloop"]
 
+# QEMU's own are far below; a message of the wire must hold one, and a worker's memory the recent ones. Of a larger one the size is told.
+MAX_EVENT_BYTES: Final = 256 * 1024
+
 _DONE_BITS: Final = 24
 _DONE_MASK: Final = (1 << _DONE_BITS) - 1
 _SEQ_MASK: Final = (1 << (64 - _DONE_BITS)) - 1
@@ -90,14 +93,18 @@ class EventLog:
             data=data,
             origin=origin,
         )
+        body = pack(made.to_wire())
+        if len(body) > MAX_EVENT_BYTES:
+            made = msgspec.structs.replace(made, data={"too_large": len(body)})
+            body = pack(made.to_wire())
         self._recent.append(made)
         self._publish(
             encode(
                 Message(
                     kind=Kind.EVENT,
                     service=self._service,
-                    op=event[:255],
-                    body=pack(made.to_wire()),
+                    op=event if len(event) < 64 else event.encode()[:255].decode("utf-8", "ignore"),
+                    body=body,
                     epoch=made.epoch,
                     seq=made.seq,
                 )

@@ -57,8 +57,8 @@ class Link:
                 self._socket.send(frame, zmq.NOBLOCK)
             except zmq.Again:
                 self._outbox.append(frame)
-            if not self._receiving and ready_events(self._socket) & zmq.POLLIN:
-                self._loop.call_soon(self._turn)
+            if not self._receiving:
+                self._look_again()
             return
         self._outbox.append(frame)
         if len(self._outbox) > self._limit:
@@ -90,6 +90,9 @@ class Link:
             else:
                 self._loop.call_soon(self._turn)
                 return
+        except BaseException:  # this frame's loss is not that of those behind it
+            self._loop.call_soon(self._turn)
+            raise
         finally:
             self._receiving = False
         if self._outbox and events & zmq.POLLOUT:
@@ -100,9 +103,14 @@ class Link:
             try:
                 self._socket.send(self._outbox[0], zmq.NOBLOCK)
             except zmq.Again:
-                return  # the FD tells when there is room
+                break
             self._outbox.popleft()
-        if ready_events(self._socket) & zmq.POLLIN:
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """After a send: it may have taken from the FD the news of something to read, and of room, that will not be told again."""
+        events = ready_events(self._socket)
+        if events & zmq.POLLIN or (events & zmq.POLLOUT and self._outbox and self.connected):
             self._loop.call_soon(self._turn)
 
     def _on_connection(self) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from typing import Any
 
-from ..common.page import Page
+from ..common.page import Page, Word
 
 
 class PageSelector(selectors.EpollSelector):
-    """An epoll selector with a status page. Only a wait that can sleep is written down."""
+    """An epoll selector with a status page. A turn that follows at once is a turn of its own, but no wake-up."""
 
     def __init__(self, page: Page) -> None:
         super().__init__()
@@ -22,6 +23,7 @@ class PageSelector(selectors.EpollSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, Any]]:
         if timeout is not None and timeout <= 0:
+            self._page.words[Word.BUSY_SINCE] = time.monotonic_ns()
             return super().select(timeout)
         self._page.idle()
         try:

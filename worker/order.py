@@ -60,19 +60,27 @@ class Order:
             async with asyncio.timeout_at(deadline):
                 await place
         except TimeoutError:
-            if place in self._line:
-                self._line.remove(place)
-            elif not place.cancelled():
-                self._pass_on()  # the turn came in the same instant; it goes to the next
-            raise DeadlineExceeded(
-                f"{what}: not begun: '{self._holder}' has held this VM's turn for {self._loop.time() - self._since:.1f} s"
-            ) from None
+            holder, seconds = self._holder, self._loop.time() - self._since
+            self._leave_line(place)
+            text = f"{what}: not begun: '{holder}' has held this VM's turn for {seconds:.1f} s"
+            raise DeadlineExceeded(text) from None
+        except asyncio.CancelledError:
+            self._leave_line(place)
+            raise
+
+    def _leave_line(self, place: asyncio.Future[None]) -> None:
+        if place in self._line:
+            self._line.remove(place)
+        elif not place.cancelled():
+            self._pass_on()  # the turn came in the same instant; it goes to the next
 
     def _pass_on(self) -> None:
         while self._line:
             place = self._line.popleft()
             if not place.done():
-                self._holder = "(next)"
+                # The next one is not running yet, but from here on the turn is its.
+                self._holder = "the next in line"
+                self._since = self._loop.time()
                 place.set_result(None)
                 return
         self._holder = None

@@ -56,6 +56,9 @@ def read_run(path: Path) -> Run | None:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        log.warning("%s is damaged (%s); it was moved to %s", path, error, set_aside(path))
+        return None
     try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"over {MAX_BYTES} bytes")
@@ -84,6 +87,7 @@ def clear_run_directory(directory: Path) -> None:
 def remove_directory(directory: Path) -> None:
     """Remove a VM's directory with the plain files in it. Raises OSError if something unexpected is inside."""
     if directory.is_dir():
-        for entry in os.scandir(directory):
-            os.unlink(entry.path)
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                os.unlink(entry.path)
         os.rmdir(directory)

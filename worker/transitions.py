@@ -29,6 +29,7 @@ _OF_STATUS: Final[Mapping[str, Move]] = {
     "postmigrate": Move(VmState.PAUSED, "migration"),
     "finish-migrate": Move(VmState.PAUSED, "migration"),
     "io-error": Move(VmState.PAUSED, "ioerror"),
+    "colo": Move(VmState.PAUSED, "migration"),
     "save-vm": Move(VmState.PAUSED, "save"),
     "restore-vm": Move(VmState.PAUSED, "unknown"),
     "debug": Move(VmState.PAUSED, "unknown"),
@@ -51,6 +52,8 @@ def of_status(reply: object) -> Move:
 
 def of_event(state: VmState, event: str, data: Mapping[str, Any], intent: str) -> Move | None:
     """The move that an event calls for in a state; None for most. `intent`: the reason of whoever asked for it, or ''."""
+    if state is VmState.SHUTOFF:  # only a new run leaves it; a late event of the old one does not
+        return None
     match event:
         case "STOP" if state in (VmState.RUNNING, VmState.STARTING, VmState.UNKNOWN):
             return Move(VmState.PAUSED, intent or "unknown")

@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 
 # QEMU closes its monitor a moment before it has ended: wait this long before a closed monitor means trouble.
 END_GRACE: Final = 2.0
-# query-status of a QEMU that has just negotiated; its main loop may be loading an image.
-STATUS_SECONDS: Final = 10.0
 
 _STATES: Final = tuple(VmState)
 
@@ -98,12 +96,16 @@ class Vm:
         self._on_status = on_status
         self._inherit = inherit
         self._ending = False
+        self._lost_at: float | None = None  # when the connection ended; None if that was an earlier worker's
         self._reconnecting: asyncio.Task[None] | None = None
         self._waiters: list[Callable[[], None]] = []
+        self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
             first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
         elif self.run is not None and self.run.ended is None:
             first = Move(VmState.UNKNOWN, "not looked at yet")
+            self.page_lost = True
+            self._begin_lost_page(self.run)
         else:
             first = _after_end(self.run)
         self.state = StateHolder(f"VM {name}", first.state, VM_MOVES, self._on_state, first.reason)
@@ -169,7 +171,8 @@ class Vm:
     # -- the run --------------------------------------------------------------------------------------------------------------
 
     def begin_run(self, reason: str) -> int:
-        epoch = (self.run.epoch if self.run is not None else 0) + 1
+        # run.json or the page may have been lost: a number is never given to two runs.
+        epoch = max(self.run.epoch if self.run is not None else 0, self._page.words[Word.EPOCH]) + 1
         self.events.begin_epoch(epoch)
         self._page.words[Word.FACTS] = 0
         self._page.words[Word.QMP_ID] = 0
@@ -179,6 +182,12 @@ class Vm:
         self.state.move(VmState.STARTING, reason)
         return epoch
 
+    def _begin_lost_page(self, run: Run) -> None:
+        """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
+        log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
+        self.save(msgspec.structs.replace(run, epoch=run.epoch + 1))
+        self.events.begin_epoch(run.epoch + 1)
+
     def save(self, run: Run) -> None:
         self.run = run
         write_run(self.paths.run_file, run)
@@ -187,14 +196,17 @@ class Vm:
         self.process = process
         self.loop.add_reader(process.fileno(), self.finish, "")
 
-    async def bring_up(self, connection: socket.socket, deadline: float) -> None:
-        """Negotiate on a fresh connection and take the VM's state from query-status."""
+    async def bring_up(self, connection: socket.socket, deadline: float, *, again: bool = False) -> None:
+        """Negotiate on a fresh connection and take the VM's state from query-status. `again`: events were lost before it."""
         session = self._open_session(connection)
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
         self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
         self._keeper.keep("monitor", connection.fileno())
+        if again:
+            span = {"since": self._lost_at, "until": time.time(), "reason": "no connection to the monitor"}
+            self.events.emit("EVENTS_LOST", span)
         try:
             status = await session.execute("query-status", seconds=deadline - self.loop.time())
             move = of_status(status)
@@ -218,6 +230,11 @@ class Vm:
         session.take_over(oob=run.oob, answer=self._inherit)
         self._keeper.keep("monitor", connection.fileno())
 
+    def give_up_connection(self, connection: socket.socket) -> None:
+        """A kept connection of which nobody knows how far it was read: end it everywhere, so that QEMU takes a new one."""
+        self._keeper.drop()
+        connection.close()
+
     def seek_monitor(self) -> None:
         """The connection is lost and the process lives, or may live: `unknown` until it answers again."""
         if self.state.can(VmState.UNKNOWN):
@@ -226,7 +243,6 @@ class Vm:
 
     async def _reconnect(self) -> None:
         assert self.run is not None
-        lost_at = time.time()
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(VmloopError),
             wait=tenacity.wait_exponential(multiplier=0.05, max=self.settings.reconnect_max_delay),
@@ -235,13 +251,12 @@ class Vm:
             with attempt:
                 connection = connect_monitor(self.run.monitor)
                 try:
-                    await self.bring_up(connection, self.loop.time() + self.settings.launch)
+                    await self.bring_up(connection, self.loop.time() + self.settings.launch, again=True)
+                    if self.session is None:
+                        raise MonitorLost(f"VM {self.name}: its monitor closed the connection again")
                 except VmloopError:
                     self._drop_session("no answer")
                     raise
-        self.events.emit(
-            "EVENTS_LOST", {"since": lost_at, "until": time.time(), "reason": "no connection to the monitor"}
-        )
         self._reconnecting = None
 
     # -- what the session tells ------------------------------------------------------------------------------------------------
@@ -268,6 +283,7 @@ class Vm:
     def on_end(self, reason: str) -> None:
         """The connection ended by itself."""
         self.session = None
+        self._lost_at = time.time()
         self.monitor.move(MonitorState.LOST, reason)
         if self._ending or (self._reconnecting is not None and not self._reconnecting.done()):
             return
@@ -310,8 +326,8 @@ class Vm:
         self.note(Fact.KILLED)
         self.process.kill()
 
-    def finish(self, why: str) -> None:
-        """The run is over: the process is gone, or it said so itself. Called once, on the loop."""
+    def finish(self, why: str, reason: str = "") -> None:
+        """The run is over: the process is gone, or it said so itself. Called once, on the loop. `reason`: if another one is known."""
         if self._ending:
             return
         self._ending = True
@@ -325,7 +341,7 @@ class Vm:
             self.exit_text = describe_exit(self.process.status())
         killed, started = self.fact(Fact.KILLED), self.fact(Fact.STARTED)
         move = of_end(killed=killed, started=started, shutdown_seen=self.fact(Fact.SHUTDOWN_SEEN))
-        self.settle(move, why or f"QEMU {self.exit_text}")
+        self.settle(Move(move.state, reason or move.reason), why or f"QEMU {self.exit_text}")
 
     def settle(self, move: Move, detail: str) -> None:
         """Write down and publish the final state, and release what the run had."""

@@ -64,7 +64,8 @@ class TerminalOutput(Output):
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(one_line(cell), STYLES.get(cell, "")) for cell in row))
+            cells = zip(columns, row, strict=True)
+            table.add_row(*(Text(one_line(cell), _style(column, cell)) for column, cell in cells))
         self._console().print(table)
 
     def facts(self, facts: Mapping[str, str]) -> None:
@@ -73,7 +74,7 @@ class TerminalOutput(Output):
 
         table = Table.grid(padding=(0, 2))
         for name, text in facts.items():
-            table.add_row(Text(name, "bold"), Text(printable(text), STYLES.get(text, "")))
+            table.add_row(Text(name, "bold"), Text(printable(text), _style(name, text)))
         self._console().print(table)
 
     def event(self, at: str, vm: str, cursor: str, event: str, data: str) -> None:
@@ -93,6 +94,11 @@ class TerminalOutput(Output):
         from rich.console import Console
 
         return Console(stderr=stderr, no_color=not self._colour, highlight=False, markup=False, emoji=False)
+
+
+def _style(name: str, text: str) -> str:
+    """The colour of a state. A reason has none: `unknown` is no alarm there."""
+    return "" if name.lower() == "reason" else STYLES.get(text, "")
 
 
 @contextmanager

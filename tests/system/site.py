@@ -163,6 +163,16 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
         select.select([], [], [], 0.01)
 
 
+def kill_process(pid: int) -> None:
+    """SIGKILL, and wait for the end."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], END_SECONDS)[0], f"{pid} does not end"
+    finally:
+        os.close(pidfd)
+
+
 def signal_process(pid: int, number: int) -> None:
     """Send a signal through a pidfd."""
     pidfd = os.pidfd_open(pid)

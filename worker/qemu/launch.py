@@ -59,6 +59,7 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
 def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool, log_bytes: int) -> Launched:
     """Start QEMU in a session of its own, with its output in qemu.log. Raises `LaunchFailed`; then nothing is left behind."""
     with contextlib.ExitStack() as on_failure:
+        on_failure.callback(_unlink_sockets, paths)
         monitor_listener = on_failure.enter_context(_listen(paths.monitor_socket))
         agent_listener = on_failure.enter_context(_listen(paths.agent_socket)) if definition.agent.enabled else None
         connection = _connect(paths.monitor_socket)
@@ -123,6 +124,12 @@ def _listen(path: Path) -> socket.socket:
         listener.close()
         raise LaunchFailed(f"cannot listen on {path}: {error.strerror}", log="") from error
     return listener
+
+
+def _unlink_sockets(paths: VmPaths) -> None:
+    for path in (paths.monitor_socket, paths.agent_socket):
+        with contextlib.suppress(OSError):  # the error that brought us here is the one to tell
+            path.unlink()
 
 
 def _connect(path: Path) -> socket.socket:

@@ -128,9 +128,9 @@ class JsonStream:
             return None
         try:
             value = msgspec.json.decode(line, type=dict[str, Any])
+            if line.count(b":") != _keys(value):  # a key given twice, which QEMU refuses; or just a colon in a string
+                return None
         except (msgspec.DecodeError, RecursionError):
-            return None
-        if line.count(b":") != _keys(value):  # a key given twice, which QEMU refuses; or just a colon in a string
             return None
         self._position = end
         return Input(value)

@@ -88,7 +88,7 @@ class LineReader:
     def read(self, on_line: Callable[[bytes], None]) -> bool:
         """One turn: hand every complete line, without its end, to `on_line`, which must not raise. False at the end of the stream.
 
-        Raises `LineTooLong`. Never blocks.
+        Raises `LineTooLong`, and OSError if the carry file cannot be written; then this reader is of no use any more. Never blocks.
         """
         try:
             data = self._socket.recv(CHUNK_BYTES, socket.MSG_PEEK)
@@ -135,7 +135,9 @@ class LineReader:
             index = index if continues else 1 - index
             fd = os.open(self._paths.carry(index), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(fd, rest, self._carry_length)
+                written = 0
+                while written < len(rest):  # a full disk takes a part first, and says so only when asked again
+                    written += os.pwrite(fd, rest[written:], self._carry_length + written)
             finally:
                 os.close(fd)
             self._carry.append(rest)

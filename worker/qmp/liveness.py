@@ -58,8 +58,8 @@ class Liveness:
     def answered(self, oob: bool, oldest: float | None) -> None:
         """A reply has come; `oldest`: when the oldest in-band command that is still unanswered was sent."""
         self._oldest = oldest
+        self._probing = False  # in band too: whoever answers there is not asked any more, and can be asked anew
         if oob:
-            self._probing = False
             if (oldest is not None and self.state is not MonitorState.READY) or (
                 oldest is not None and self.silent_for() >= self._probe_after
             ):

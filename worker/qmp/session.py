@@ -87,6 +87,7 @@ class QmpSession:
         self._timer: asyncio.TimerHandle | None = None
         self._greeted: asyncio.Future[None] = loop.create_future()
         self._ended: str | None = None
+        self._question = 0  # the id of the newest question whether QEMU lives
         self._liveness = Liveness(loop, settings, self._probe, listener.on_monitor_state)
 
     # -- start ------------------------------------------------------------------------------------------------------------
@@ -119,10 +120,11 @@ class QmpSession:
         if not self._greeted.done():
             self._greeted.set_result(None)
         for owed in self._ledger:
+            done = answer(owed)
             command = Command(
                 name="(sent by an earlier worker)",
                 text=b"",
-                done=answer(owed),
+                done=done or _nobody,  # an answer that nobody waits for is not late
                 qmp_id=owed.qmp_id,
                 request=owed.request,
                 reading=owed.reading,
@@ -132,7 +134,7 @@ class QmpSession:
             )
             self._on_wire[owed.qmp_id] = self._by_id[owed.qmp_id] = command
             self._window[owed.oob] -= 1
-            if command.done is not None:
+            if done is not None:
                 self._deadlines.add(owed.qmp_id, owed.deadline)
         self._repair_half_sent_command()
         self._reader.take_over()
@@ -145,9 +147,9 @@ class QmpSession:
 
         Whether the command was complete only QEMU knows: it answers in order, so a command of ours behind it tells.
         """
-        if not self._writer.predecessor_was_cut:
+        cut = self._writer.cut_command
+        if not cut:
             return
-        cut = max(self._on_wire, default=0)
 
         def behind_it(_: Any, error: VmloopError | None) -> None:
             if error is not None and not isinstance(error, QmpError):
@@ -158,7 +160,7 @@ class QmpSession:
                 self._answer(command, None, WorkerLost(text))
                 self._forget(command)
 
-        self._writer.write(b"\xff")
+        self._writer.write(b"\xff", cut)
         deadline = self._loop.time() + REPAIR_SECONDS
         self.submit("query-name", None, done=behind_it, deadline=deadline, reading=True, wait_frozen=True)
 
@@ -255,7 +257,7 @@ class QmpSession:
         self._window[command.oob] -= 1
         command.sent = self._loop.time()
         self._on_wire[command.qmp_id] = command
-        self._writer.write(command.text, command.fds)
+        self._writer.write(command.text, command.qmp_id, command.fds)
         self._liveness.sent(command.oob)
 
     def _send_waiting(self) -> None:
@@ -274,7 +276,7 @@ class QmpSession:
     def _readable(self) -> None:
         try:
             open_still = self._reader.read(self._on_line)
-        except LineTooLong as error:
+        except (LineTooLong, OSError) as error:  # OSError: the start of a line cannot be kept for a successor
             self._end(str(error))
             return
         if not open_still:
@@ -323,9 +325,18 @@ class QmpSession:
         else:
             self._answer(command, None, qmp_error(command.name, message["error"]))
         self._forget(command)
+        if not command.oob and next(iter(self._on_wire), command.qmp_id) < command.qmp_id:
+            self._pass_over(command.qmp_id)
         self._liveness.answered(command.oob, self._oldest_in_band())
         if self._waiting:
             self._send_waiting()
+
+    def _pass_over(self, answered: int) -> None:
+        """QEMU answers in-band commands in order: the replies to those before were damaged, and will not come any more."""
+        for command in [other for other in self._on_wire.values() if not other.oob and other.qmp_id < answered]:
+            self._on_wire.pop(command.qmp_id, None)
+            self._forget(command)
+            self._answer(command, None, end_of(command, "its reply made no sense, and later ones have come"))
 
     def _on_event(self, line: bytes, message: dict[str, Any]) -> None:
         name = message["event"]
@@ -356,7 +367,9 @@ class QmpSession:
     def _on_timer(self) -> None:
         self._timer = None
         for qmp_id in self._deadlines.take_due(self._loop.time()):
-            command = self._by_id[qmp_id]
+            command = self._by_id.get(qmp_id)
+            if command is None:  # whoever was told before it has closed the session
+                continue
             if command.sent:
                 text = "QEMU has not answered in time; the command lives on and its answer will come as COMMAND_LATE"
             else:
@@ -371,9 +384,12 @@ class QmpSession:
         """Ask out of band whether QEMU lives (query-yank is harmless and allowed there since 6.0); False if that cannot be asked."""
         if not self.oob or self._ended is not None or self._writer.full:
             return False
-        qmp_id = self._ledger.next_qmp_id()
+        unanswered = self._on_wire.pop(self._question, None)
+        if unanswered is not None:  # a question has one place on the wire, whatever became of the last one
+            self._forget(unanswered)
+        qmp_id = self._question = self._ledger.next_qmp_id()
         text = encode_command("query-yank", None, qmp_id, oob=True)
-        command = Command("query-yank", text, lambda *_: None, qmp_id, reading=True, oob=True, deadline=deadline)
+        command = Command("query-yank", text, _nobody, qmp_id, reading=True, oob=True, deadline=deadline)
         self._by_id[qmp_id] = command
         self._send(command)
         return True
@@ -428,3 +444,7 @@ class QmpSession:
     def _settled(self, reason: str) -> None:
         self._liveness.start(self._oldest_in_band())
         self._listener.on_monitor_state(MonitorState.READY, reason)
+
+
+def _nobody(_: Any, __: VmloopError | None) -> None:
+    """Takes the answers that nobody waits for."""

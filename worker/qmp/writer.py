@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands onto the socket, one at a time, with file descriptors beside them if they have any. Used by session.py.
 
-The page says while a command is half written: a worker killed just then leaves QEMU's parser inside an object, and its successor ends
+The page says which command is being written: a worker killed just then leaves QEMU's parser inside an object, and its successor ends
 that before it sends anything of its own.
 """
 
@@ -31,6 +31,7 @@ class CommandWriter:
         self._on_room = on_room
         self._rest = b""
         self._fds: tuple[int, ...] = ()
+        self._qmp_id = 0
 
     @property
     def full(self) -> bool:
@@ -38,17 +39,19 @@ class CommandWriter:
         return bool(self._rest)
 
     @property
-    def predecessor_was_cut(self) -> bool:
-        """The worker before this one died inside a command."""
-        return bool(self._words[Word.SENDING])
+    def cut_command(self) -> int:
+        """The id of the command inside which the worker before this one died, or 0. To be asked before the first `write`."""
+        qmp_id: int = self._words[Word.SENDING]
+        return qmp_id
 
     def begin(self) -> None:
         """For a fresh connection: nothing is half written."""
         self._words[Word.SENDING] = 0
 
-    def write(self, text: bytes, fds: tuple[int, ...] = ()) -> None:
+    def write(self, text: bytes, qmp_id: int, fds: tuple[int, ...] = ()) -> None:
         """Send a command. `fds` go with its first byte and are closed here. The caller has seen that the writer is not `full`."""
         self._rest = text
+        self._qmp_id = qmp_id
         self._fds = fds
         self._flush()
 
@@ -59,7 +62,7 @@ class CommandWriter:
         self._rest = b""
 
     def _flush(self) -> None:
-        self._words[Word.SENDING] = 1
+        self._words[Word.SENDING] = self._qmp_id
         try:
             if self._fds:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._fds))]

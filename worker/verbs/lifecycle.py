@@ -48,13 +48,25 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
     if not path.exists():
         raise ConfigError(f"VM {app.name} has no definition; define it first, or attach it")
     definition = definition_from_toml(path.read_bytes(), str(path))
+    if definition.name != app.name:
+        raise ConfigError(
+            f"{path}: it names {definition.name!r}, but it is the definition of {app.name}; define it again"
+        )
     await beginnings.start(app.vm, definition, paused=arguments.paused, deadline=request.deadline)
     return _run_facts(app)
 
 
 async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
     """Adopt a running QMP server as this VM."""
-    await beginnings.attach(app.vm, arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
+    first = app.vm.run is None and app.definition is None
+    try:
+        await beginnings.attach(app.vm, arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
+    except VmloopError:
+        if first:  # nothing came of this name
+            app.forget = True
+            app.send_status()
+            app.vm.gone.set()
+        raise
     return _run_facts(app)
 
 

@@ -45,7 +45,7 @@ def qmp(app: App, request: Request, arguments: QmpArguments, done: Done) -> None
         arguments.arguments,
         done=done,
         deadline=request.deadline,
-        reading=request.reading,
+        reading=request.reading or arguments.command.startswith("query-"),
         request=request.number,
         oob=arguments.oob,
         key=request.key,
