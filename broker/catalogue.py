@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -33,7 +33,7 @@ class _Ended(msgspec.Struct):
 class _Run(msgspec.Struct):
     """The part of run.json (worker/runfile.py) that a list needs."""
 
-    epoch: int = 0
+    epoch: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
     started: float = 0.0
     ended: _Ended | None = None
 

@@ -290,14 +290,19 @@ class Core:
         return self._on_status(identity, frame, now)
 
     def _on_answer(self, number: int, kind: int, frame: bytes) -> None:
-        entry = self.inflight.get(number) if kind == _PARTIAL else self.inflight.take(number)
+        entry = self.inflight.get(number)
         if entry is None:
             return  # its caller's deadline has passed, or an earlier broker asked
-        if entry.envelope is None:
+        try:
+            message = decode(frame) if entry.envelope is not None else None
+        except BadFrame as error:
+            return self._drop(f"a worker's answer: {error}")
+        if kind != _PARTIAL:
+            self.inflight.take(number)
+        if message is None or entry.envelope is None:
             if entry.client:
                 self.actions.append(ToClient(entry.client, [with_id(frame, entry.client_id)]))
             return
-        message = decode(frame)
         if kind == _PARTIAL and entry.envelope.dialect is Dialect.V01:
             return  # MDP/0.1 knows one answer only
         self._reply_majordomo(entry, entry.envelope, message)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from .. import __version__
-from ..common.errors import AlreadyRunning, BadRequest, NoSuchVm
+from ..common.errors import AlreadyRunning, BadRequest, Busy, NoSuchVm
 from ..common.names import VmName, vm_name, vm_service
 from ..common.pack import pack, unpack_map
 from ..common.settings import Settings
@@ -55,7 +55,7 @@ class StatsArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShutdownArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    vms: Annotated[str, msgspec.Meta(pattern="^(leave|kill)$")] = "leave"
+    vms: Literal["leave", "kill"] = "leave"
 
 
 class WaitArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"state": "for"}):
@@ -122,7 +122,8 @@ class HostCore(Core):
         for entry in self.inflight.of_vm(vm.name):
             if entry.waits_for is not None:
                 self._answer_wait(entry, vm, now)
-
+        if self._ending is not None and vm.alive:
+            self._kill(self._ending, vm, now)
         self._finish_shutdown_if_over(now)
 
     def _answer_wait(self, entry: Entry, vm: VmEntry, now: float) -> None:
@@ -198,6 +199,9 @@ class HostCore(Core):
 
     def _through_worker(self, ask: Ask, vm: VmEntry) -> None:
         """Pass a request of the host to a VM's worker, which does everything that touches the VM's files and processes."""
+        self._finish_shutdown_if_over(ask.now)
+        if self._ending is not None:
+            raise Busy("the host is being shut down, with all its VMs; ask again when it is back")
         ask.entry.spawns = True
         message = decode(ask.frame)
         passed = encode(msgspec.structs.replace(message, service=vm_service(vm.name)))
@@ -212,20 +216,33 @@ class HostCore(Core):
             self.actions.append(EndZygote())
             self.crew.dismiss_idle()
             self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
+        self._ending = _Ending(ask.entry, how, set())
         for vm in victims:
-            kill = Entry(0, b"", 0, None, None, "kill", False, ask.now)
-            frame_ = encode(Message(kind=Kind.REQUEST, service=vm_service(vm.name), op="kill", body=pack({})))
-            self.wait_for_worker(kill, vm, frame_, SHUTDOWN_SECONDS, ask.now)
-        self._ending = _Ending(ask.entry, how, len(victims))
+            self._kill(self._ending, vm, ask.now)
         self._finish_shutdown_if_over(ask.now)
+
+    def _kill(self, ending: _Ending, vm: VmEntry, now: float) -> None:
+        """Have a VM killed, once; `reading`, for its worker's successor may be told again."""
+        if vm.name in ending.killed:
+            return
+        ending.killed.add(vm.name)
+        kill = Entry(0, b"", 0, None, None, "kill", True, now)
+        frame = encode(Message(kind=Kind.REQUEST, service=vm_service(vm.name), op="kill", body=pack({})))
+        self.wait_for_worker(kill, vm, frame, SHUTDOWN_SECONDS, now)
 
     def _finish_shutdown_if_over(self, now: float) -> None:
         ending = self._ending
-        if ending is None or (ending.how == "kill" and any(vm.alive for vm in self.roster)):
+        if ending is None:
             return
+        if ending.how == "kill":
+            if self.inflight.get(ending.entry.number) is None:
+                self._ending = None  # its time is over, and so it was answered; the host goes on
+                return
+            if any(vm.alive for vm in self.roster):
+                return
         self._ending = None
         self.inflight.take(ending.entry.number)
-        count = ending.count if ending.how == "kill" else sum(vm.alive for vm in self.roster)
+        count = len(ending.killed) if ending.how == "kill" else sum(vm.alive for vm in self.roster)
         self.answer(ending.entry, {"vms": "killed" if ending.how == "kill" else "left running", "count": count}, now)
         self.drain(now)
 
@@ -235,7 +252,7 @@ class _Ending(msgspec.Struct, frozen=True):
 
     entry: Entry
     how: str
-    count: int
+    killed: set[VmName]
 
 
 def _arguments(op: str, model: type[A], frame: bytes) -> A:

@@ -98,7 +98,7 @@ class InFlight:
 
     def hold_frame(self, entry: Entry, frame: bytes) -> None:
         """Keep a request's frame until it is sent. Raises `Busy` if too much is kept already."""
-        if self._held_bytes + len(frame) > MAX_HELD_BYTES:
+        if entry.client and self._held_bytes + len(frame) > MAX_HELD_BYTES:  # b"": the broker's own, few and small
             raise Busy("too many requests wait for workers to come up; try again later")
         entry.frame = frame
         self._held_bytes += len(frame)

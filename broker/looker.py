@@ -30,7 +30,7 @@ class ProcLooker:
 
     def process(self, pid: int | None) -> dict[str, Any] | None:
         """CPU and memory of a process, None if it is gone."""
-        if pid is None:
+        if pid is None or pid < 1:
             return None
         import psutil  # late: the broker's start does not wait for it
 

@@ -42,6 +42,7 @@ from .qmp.commands import Command, Done
 from .qmp.framing import LineReader
 from .qmp.ledger import Owed
 from .qmp.session import QmpSession
+from .qmp.writer import end_connection
 from .runfile import Run, RunEnd, clear_run_directory, read_run, write_run
 from .transitions import Move, of_end, of_event, of_status
 
@@ -220,6 +221,7 @@ class Vm:
         reader = LineReader(connection, self._page, self.paths, self.events, self.settings.max_reply)
         self.monitor.move(MonitorState.CONNECTING, "connected")
         self.session = QmpSession(self.loop, connection, reader, self._page, self.settings, self)
+        self.session.on_garbled = self._on_status
         return self.session
 
     # -- taking over -----------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class Vm:
     def give_up_connection(self, connection: socket.socket) -> None:
         """A kept connection of which nobody knows how far it was read: end it everywhere, so that QEMU takes a new one."""
         self._keeper.drop()
-        connection.close()
+        end_connection(connection)
 
     def seek_monitor(self) -> None:
         """The connection is lost and the process lives, or may live: `unknown` until it answers again."""

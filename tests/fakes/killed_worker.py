@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker that can be killed before any of its steps, as far as the reading of its monitor goes. Used by tests/unit/test_worker_framing.py.
+"""A worker that can be killed before any of its steps, as far as the reading of its monitor goes.
 
-A step is what others can see: a figure stored on the page, an operation on the socket, the opening of a carry file, a published event. A kill
-is an exception that nothing in the code under test catches; what is left behind is the page, the carry files and the connection.
+A step is what others can see: a figure stored on the page, an operation on the socket, the opening of a carry file, a published event. A
+kill is an exception that nothing in the code under test catches; what is left behind is the page, the carry files and the connection.
+Used by tests/unit/test_worker_framing.py.
 """
 
 from __future__ import annotations

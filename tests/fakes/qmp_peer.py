@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The QEMU end of a monitor's connection, in the test's own hands: it says and reads exactly what the test tells it to.
 
-Used by tests/unit/test_worker_session.py and test_worker_successor.py. Reading waits on the loop, with a deadline; sending never waits.
+Used by tests/unit/session_bench.py and the tests on it. Reading waits on the loop, with a deadline; sending never waits.
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ class QmpPeer:
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._socket, lambda: ready.done() or ready.set_result(None))
+
+        def tell() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_reader(self._socket, tell)
         try:
             await ready
         finally:

@@ -3,7 +3,8 @@
 
 It greets, answers every command with {} by its id, and carries out one command of its own:
 
-    x-say {text, reply?, close?}     write `text` (latin-1) as it is; then `reply` to the command (default true); then `close` the connection
+    x-say {text, fill?, reply?, close?}     write `text` (latin-1) as it is, but for `fill` letters in the place of each @; then `reply`
+                                            to the command (default true); then `close` the connection
 
 and takes the next connection when one is closed. Arguments of the definition change how it begins:
 
@@ -14,6 +15,7 @@ and takes the next connection when one is closed. Arguments of the definition ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> None:
     with socket.socket(fileno=int(found.group(1))) as listener:
         while True:
             connection, _ = listener.accept()
-            with connection:
+            with connection, contextlib.suppress(OSError):  # it may be left at any time
                 if "hang-up" not in arguments:
                     serve(connection, greeting, refuses="refuse" in arguments)
 
@@ -54,7 +56,7 @@ def serve(connection: socket.socket, greeting: str, *, refuses: bool) -> None:
         name = command.get("execute") or command.get("exec-oob")
         wanted = command.get("arguments", {}) if name == "x-say" else {}
         if "text" in wanted:
-            connection.sendall(wanted["text"].encode("latin-1"))
+            connection.sendall(wanted["text"].replace("@", "x" * wanted.get("fill", 0)).encode("latin-1"))
         if wanted.get("reply", True):
             answer = {"error": {"class": "GenericError", "desc": "not today"}} if refuses else {"return": _of(name)}
             connection.sendall(json.dumps({**answer, "id": command["id"]}).encode() + b"\r\n")

@@ -2,7 +2,7 @@
 """A QMP session between a scripted peer and a recording VM, and the workers that hold it one after another.
 
 Each `run` is one worker's life, on a loop of its own. A life that does not close its session ends as a killed worker's does: the page, the
-carry files and the connection stay as they are. Used by tests/unit/test_worker_session.py and test_worker_successor.py.
+carry files and the connection stay as they are. Used by tests/unit/test_worker_session*.py and test_worker_successor.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Life:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - of anything, which nobody announces
                 await asyncio.sleep(LOOK_AGAIN / 10)
 
     async def told(self, *outcomes: Outcome) -> None:

@@ -56,7 +56,7 @@ class Site:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            start_new_session=True,
+            process_group=0,
         )
 
     def host(self, timeout: float = 30.0) -> Host:

@@ -10,6 +10,7 @@ from vmloop.broker.crew import LAST_WORDS
 from vmloop.broker.roster import WorkerState
 from vmloop.common.names import VmName
 from vmloop.common.pack import unpack
+from vmloop.common.process import Identity
 from vmloop.common.settings import BrokerSettings, RestartSettings
 from vmloop.common.wire import Kind, Message, decode, encode
 
@@ -345,6 +346,41 @@ def test_the_worker_that_an_earlier_broker_left_is_used_and_the_one_made_beside_
     desk.tick(20.0)
     assert (desk.core.actions, state(desk)) == ([], WorkerState.READY)
     assert desk.vm("web1").identity == old.identity
+
+
+def expected(desk: Desk) -> Worker:
+    """A worker that an earlier broker had made, and that lives."""
+    worker = desk.process("web1", incarnation=4)
+    entry = desk.known("web1", state="unknown", alive=True)
+    desk.core.crew.expect(entry, Identity(worker.pid, 77, "python"), desk.now)
+    return worker
+
+
+def test_a_worker_that_lives_is_waited_for_and_watched_and_no_other_one_made() -> None:
+    desk = Desk()
+    worker = expected(desk)
+    assert desk.core.actions == [WatchWorker(WEB1, worker.pid, 77)]
+    desk.ask("pause", "vm/web1")
+    desk.hello(worker)
+    assert [request.op for request in desk.requests(worker)] == ["pause"]
+    assert desk.take(Fork) == []
+
+
+def test_a_worker_that_was_waited_for_and_ends_is_replaced() -> None:
+    desk = Desk()
+    worker = expected(desk)
+    desk.exit(worker)
+    desk.tick(LAST_WORDS)
+    desk.hello(desk.forked("web1"))
+    assert state(desk) is WorkerState.READY
+
+
+def test_a_worker_that_was_waited_for_in_vain_is_ended_and_replaced() -> None:
+    desk = Desk(BrokerSettings(worker_hello=4.0))
+    expected(desk)
+    desk.take(WatchWorker)
+    desk.tick(4.0)
+    assert desk.core.actions == [KillWorker(WEB1), Fork(WEB1)]
 
 
 # -- the greeting of a worker that has ended --------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of a monitor: every line once and in order however it is cut, and a successor that goes on wherever its predecessor was killed.
+"""The reader of a monitor: every line once and in order however it is cut, and successors that go on wherever they were killed.
 
 The killing is exhaustive: each scenario is run once to count its steps, and then again with a death before each of them.
 """
@@ -7,14 +7,16 @@ The killing is exhaustive: each scenario is run once to count its steps, and the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import resource
 import socket
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vmloop.common.page import Word
@@ -77,7 +79,7 @@ def written(*lines: bytes) -> bytes:
 
 def pieces(data: bytes, *cuts: int) -> list[bytes]:
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [data[start:end] for start, end in itertools.pairwise(bounds) if end > start]
 
 
 # -- reading --------------------------------------------------------------------------------------------------------------
@@ -167,9 +169,10 @@ def test_a_line_of_any_size_comes_whole(size: int) -> None:
 
 def test_a_line_over_the_limit_is_refused_and_nothing_of_it_is_handed_out() -> None:
     got: list[bytes] = []
-    with Bench(lambda _, line: got.append(line), max_line=100_000) as bench, pytest.raises(LineTooLong, match="100000"):
-        bench.send(b"fine\n" + bytes(200_000))
-        bench.read_all()
+    with Bench(lambda _, line: got.append(line), max_line=100_000) as bench:
+        bench.send(b"fine\n" + bytes(150_000))
+        with pytest.raises(LineTooLong, match="100000"):
+            bench.read_all()
     assert got == [b"fine"]
 
 
@@ -186,6 +189,22 @@ def test_a_carry_file_that_cannot_be_written_is_an_error_and_loses_nothing_to_th
         bench.send(b"\n")
         assert bench.read_all()
         assert_told_exactly(bench, [b"a", b"bb"], deaths=1)
+
+
+def test_a_disk_that_takes_only_a_part_of_a_carry_is_an_error_too() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Bench(emit_events) as bench:
+        bench.send(b"a\n" + b"b" * 10_000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="large"):
+                bench.worker.read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        bench.worker.steps.allowed = 0
+        bench.send(b"\n")
+        assert bench.read_all()
+        assert_told_exactly(bench, [b"a", b"b" * 10_000], deaths=1)
 
 
 def test_a_fresh_connection_forgets_what_the_page_says_of_an_older_one() -> None:
@@ -271,10 +290,8 @@ def test_a_worker_killed_at_any_step_loses_and_doubles_nothing(scenario: str) ->
 def test_nor_does_one_whose_successor_is_killed_at_any_step_of_its_own(scenario: str) -> None:
     writes, lines = SCENARIOS[scenario]
     for first in range(run(writes, lines, [])):
-        second = 0
-        while second < 16:  # all that a take-over does, and the turn after it
+        for second in range(16):  # all that a take-over does, and the turn after it
             run(writes, lines, [first, second])
-            second += 1
 
 
 def test_a_row_of_workers_that_each_make_a_few_steps_gets_through() -> None:

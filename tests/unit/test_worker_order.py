@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line of mutating operations: one at a time, in the order they came, each waiting no longer than its deadline, whatever is cancelled."""
+"""The line of mutating operations: one at a time, in the order they came, each no longer than its deadline, whatever is cancelled."""
 
 from __future__ import annotations
 

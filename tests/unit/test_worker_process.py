@@ -50,7 +50,7 @@ def test_this_process_is_itself() -> None:
     identity = identify(os.getpid())
     assert identity.pid == os.getpid()
     assert identity.executable == os.path.realpath(sys.executable)
-    assert 0 < identity.started
+    assert identity.started > 0
     assert identify(os.getpid()) == identity
 
 

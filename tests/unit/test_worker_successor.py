@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def bench(tmp_path: Path) -> Iterator[SessionBench]:
         yield bench
 
 
-def sent_and_killed(bench: SessionBench, *names: str, **options: object) -> list[Request]:
+def sent_and_killed(bench: SessionBench, *names: str, **options: Any) -> list[Request]:
     """A worker sends commands, numbered from 1, and is killed; what the peer has read of them."""
     requests: list[Request] = []
 

@@ -24,7 +24,8 @@ from .simulated_vm import FLOOD_EVENT, SimulatedVm
 
 QUEUE_LENGTH: Final = 8  # QEMU's QMP_REQ_QUEUE_LEN_MAX; the command being carried out is not counted
 
-# The stand-in's own command is obeyed whatever is wrong with the VM (unless it is frozen): it must be able to end the fault.
+# The stand-in's own command is obeyed whatever is wrong with the VM (unless it is frozen): it must be able to end the fault. So it
+# overtakes what waits, in band too, as no command of QEMU's does; out of band it may be sent while others are in flight.
 CONTROL_COMMAND: Final = "x-simulate"
 
 _DEEP: Final = 100_000  # brackets in a garbled line of the kind "deep"; more than any parser recurses
@@ -40,6 +41,7 @@ class MonitorPort(Port):
         self._queue: deque[Input] = deque()
         self._current: Input | None = None  # taken from the queue and being carried out
         self._current_negotiated = False  # whether its client had negotiated; by its end another one may be there
+        self._responding = False  # in the middle of one reply no other is begun
         self._timer: asyncio.TimerHandle | None = None
         self._fresh_session()
 
@@ -94,8 +96,9 @@ class MonitorPort(Port):
         self.freeze(faults.frozen)
         if not faults.frozen:
             self._greet()
-            self._dispatch()
-            self._pump()
+            if not self._responding:
+                self._dispatch()
+                self._pump()
 
     # -- the queue --
 
@@ -119,6 +122,7 @@ class MonitorPort(Port):
             return
         if own or ("exec-oob" in request and "execute" not in request):
             self._respond(item, negotiated=self._negotiated)
+            self._dispatch()  # the fault that held others up may be over
             return
         self._queue.append(item)
         self._dispatch()
@@ -149,6 +153,7 @@ class MonitorPort(Port):
     def _respond(self, item: Input, *, negotiated: bool) -> None:
         request = item.value
         ids = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
+        self._responding = True
         try:
             if item.error is not None:
                 raise Refused(item.error)
@@ -158,6 +163,8 @@ class MonitorPort(Port):
         else:
             extra = self._vm.faults.big_reply
             self._send({"return": _padded(value, extra) if extra else value, **ids})
+        finally:
+            self._responding = False
 
     def _carry_out(self, request: object, negotiated: bool) -> Any:
         name, oob, arguments = check_request(request, oob_enabled=self._oob)

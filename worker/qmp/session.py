@@ -36,7 +36,7 @@ from .commands import Command, Done, Greeting, encode_command, end_of, microseco
 from .framing import LineReader, LineTooLong
 from .ledger import Ledger, Owed
 from .liveness import Liveness
-from .writer import CommandWriter, close_all
+from .writer import CommandWriter, close_all, end_connection
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class QmpSession:
         self.greeting: Greeting | None = None
         self.oob = False
         self.garbled = 0  # lines that were dropped
+        self.on_garbled: Callable[[], None] = lambda: None  # called while there are few of them
         self._loop = loop
         self._socket = connection
         self._reader = reader
@@ -299,7 +300,8 @@ class QmpSession:
         if not isinstance(message, dict):
             return self._drop(line, "not an object")
         if "return" in message or "error" in message:
-            command = self._take(message.get("id"))
+            qmp_id = message.get("id")
+            command = self._on_wire.pop(qmp_id, None) if type(qmp_id) is int else None
             if command is None:
                 return self._drop(line, "a reply without an id that was asked")
             return self._on_reply(command, message)
@@ -313,9 +315,7 @@ class QmpSession:
         self.garbled += 1
         if self.garbled <= 10 or self.garbled % 1000 == 0:
             log.warning("monitor: line dropped (%s), %d so far: %.120r", why, self.garbled, line)
-
-    def _take(self, qmp_id: object) -> Command | None:
-        return self._on_wire.pop(qmp_id, None) if type(qmp_id) is int else None
+            self.on_garbled()
 
     def _on_reply(self, command: Command, message: dict[str, Any]) -> None:
         if command.done is None:
@@ -346,10 +346,9 @@ class QmpSession:
         return self._listener.on_event(name, data, microseconds(message.get("timestamp")))
 
     def _on_greeting(self, content: object) -> None:
-        if self._greeted.done():
-            return
-        self.greeting = read_greeting(content)
-        self._greeted.set_result(None)
+        if not self._greeted.done():
+            self.greeting = read_greeting(content)
+            self._greeted.set_result(None)
 
     # -- time -----------------------------------------------------------------------------------------------------------------
 
@@ -418,7 +417,7 @@ class QmpSession:
         self._waiting.clear()
         self._ledger.clear()
         self._ledger.release()
-        self._socket.close()
+        end_connection(self._socket)
 
     def _end(self, reason: str) -> None:
         if self._ended is None:

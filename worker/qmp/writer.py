@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -95,3 +96,10 @@ def close_all(fds: Iterable[int]) -> None:
     """Close fds that were to be passed on."""
     for fd in fds:
         os.close(fd)
+
+
+def end_connection(connection: socket.socket) -> None:
+    """Close it for good. The zygote holds a duplicate: without the shutdown QEMU would go on serving a client that is not there."""
+    with contextlib.suppress(OSError):  # the peer was quicker
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What systemd is told, on a real datagram socket by path or by abstract name; and that nobody there, or nobody reading, stops nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from vmloop.broker.systemd import Notifier
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, str]]:
+    """The service manager's socket, and what NOTIFY_SOCKET says of it."""
+    with tempfile.TemporaryDirectory(prefix="vml-") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as at:
+        at.settimeout(5.0)
+        path, name = f"{directory}/notify", f"vmloop-test-{os.getpid()}"
+        at.bind(path if request.param == "path" else "\0" + name)
+        yield at, path if request.param == "path" else "@" + name
+
+
+def test_ready_and_stopping_are_told_with_a_status(manager: tuple[socket.socket, str]) -> None:
+    listening, address = manager
+    notifier = Notifier({"NOTIFY_SOCKET": address})
+    notifier.ready("3 VMs known")
+    assert listening.recv(4096) == b"READY=1\nSTATUS=3 VMs known"
+    notifier.stopping("ended by request")
+    assert listening.recv(4096) == b"STOPPING=1\nSTATUS=ended by request"
+
+
+def test_a_manager_that_does_not_read_does_not_stop_the_broker(manager: tuple[socket.socket, str]) -> None:
+    listening, address = manager
+    notifier = Notifier({"NOTIFY_SOCKET": address})
+    for _ in range(2000):
+        notifier.ready("again")
+    listening.setblocking(False)
+    assert listening.recv(4096) == b"READY=1\nSTATUS=again"
+
+
+@pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}])
+def test_without_a_manager_nothing_happens(environ: dict[str, str]) -> None:
+    Notifier(environ).ready("nobody listens")
+
+
+@pytest.mark.parametrize("address", ["/nowhere/at/all", "@vmloop-nobody-there", "/" + "x" * 300, "@" + "x" * 300])
+def test_a_manager_that_is_gone_is_no_error(address: str) -> None:
+    Notifier({"NOTIFY_SOCKET": address}).stopping("nobody listens")
