@@ -296,7 +296,8 @@ class Core:
         try:
             message = decode(frame) if entry.envelope is not None else None
         except BadFrame as error:
-            return self._drop(f"a worker's answer: {error}")
+            self._drop(f"a worker's answer: {error}")
+            return
         if kind != _PARTIAL:
             self.inflight.take(number)
         if message is None or entry.envelope is None:

@@ -178,7 +178,8 @@ class Crew:
     def _left(self, vm: VmEntry, now: float) -> None:
         """A worker that had said goodbye is gone, with everything answered that it had taken up, but for what QEMU still owes it.
 
-        So what waits, or would have needed a worker made, goes to the next one; of the rest, if the VM runs on, that one says what it inherited.
+        So what waits, or would have needed a worker made, goes to the next one; of the rest, if the VM runs on, that one says what it
+        inherited.
         """
         self._roster.absent(vm)
         vm.due, vm.deaths = None, 0

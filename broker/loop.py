@@ -19,7 +19,7 @@ from typing import Any, Final
 import zmq
 
 from ..common.names import VmName
-from ..common.sockets import edge_fd, ready_events
+from ..common.sockets import POLLIN, RECEIVE, SEND, SEND_MORE, edge_fd, readable
 from .actions import EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
 from .core import Core
 from .looker import ProcLooker
@@ -48,7 +48,7 @@ class Loop:
         self._signals: deque[int] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._epoll = select.epoll()
-        self._doors = ((clients, core.on_client), (workers, core.on_worker))
+        self._doors = [(clients, POLLIN), (workers, POLLIN)]
         self._spawner: Spawner | None = None
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
@@ -97,17 +97,15 @@ class Loop:
         nothing done in between, neither has anything. Only then may the loop sleep.
         """
         for _ in range(BATCH):
-            quiet = True
-            for source, handle in self._doors:
-                if ready_events(source) & zmq.POLLIN:
-                    quiet = False
-                    self._take(source, handle, now)
-            if quiet:
+            ready = readable(self._doors)
+            if not ready:
                 return True
+            for source, _ in ready:
+                self._take(source, self._core.on_client if source is self._clients else self._core.on_worker, now)
         return False
 
     def _take(self, source: Socket, handle: Callable[[bytes, list[bytes], float], None], now: float) -> None:
-        identity = source.recv(zmq.NOBLOCK)
+        identity = source.recv(RECEIVE)
         parts = [source.recv()]
         while source.getsockopt(zmq.RCVMORE):
             parts.append(source.recv())
@@ -158,18 +156,19 @@ class Loop:
                 elif type(action) is ToWorker:
                     self._send_to_worker(action)
                 elif type(action) is Publish:
-                    self._publisher.send_multipart([action.topic, action.body], zmq.NOBLOCK)
+                    self._publisher.send(action.topic, SEND_MORE)
+                    self._publisher.send(action.body, SEND)
                 else:
                     self._act_on_process(action)
         return True
 
     def _send_to_client(self, action: ToClient) -> None:
         try:
-            self._clients.send(action.identity, zmq.NOBLOCK | zmq.SNDMORE)
+            self._clients.send(action.identity, SEND_MORE)
             *first, last = action.frames
             for frame in first:
-                self._clients.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
-            self._clients.send(last, zmq.NOBLOCK)
+                self._clients.send(frame, SEND_MORE)
+            self._clients.send(last, SEND)
         except zmq.ZMQError as error:  # gone, or it does not read what it asked for
             self.undelivered += 1
             if self.undelivered <= 10 or self.undelivered % 1000 == 0:
@@ -177,8 +176,8 @@ class Loop:
 
     def _send_to_worker(self, action: ToWorker) -> None:
         try:
-            self._workers.send(action.identity, zmq.NOBLOCK | zmq.SNDMORE)
-            self._workers.send(action.frame, zmq.NOBLOCK)
+            self._workers.send(action.identity, SEND_MORE)
+            self._workers.send(action.frame, SEND)
         except zmq.Again:
             self._core.on_undeliverable(action.number, full=True)
         except zmq.ZMQError as error:

@@ -223,7 +223,10 @@ class Spawner:
             self._child.poll()
         if not self._ending:
             log.error("the zygote is gone; another one takes its place")
-            self._renew()
+            try:
+                self._renew()
+            except OSError as error:
+                log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
 
     def _renew(self) -> None:
         if self.start():

@@ -27,6 +27,13 @@ HEARTBEAT_MS: Final = 30_000
 HEARTBEAT_TIMEOUT_MS: Final = 60_000
 
 LINGER_MS: Final = 500  # time for the last answers to leave when a process ends
+# Plain integers: combining and testing pyzmq's enum flags costs more than the call they are for.
+POLLIN: Final = int(zmq.POLLIN)
+POLLOUT: Final = int(zmq.POLLOUT)
+SEND: Final = int(zmq.NOBLOCK)
+SEND_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+RECEIVE: Final = int(zmq.NOBLOCK)
+
 RECONNECT_MS: Final = 20
 RECONNECT_MAX_MS: Final = 500
 
@@ -102,6 +109,11 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, queue: int) -> z
 def ready_events(socket: zmq.Socket[bytes]) -> int:
     """What can be done now without blocking: POLLIN, POLLOUT. Reading it also re-arms the socket's edge-triggered FD."""
     return socket.getsockopt(zmq.EVENTS)  # type: ignore[return-value]
+
+
+def readable(sockets: list[tuple[zmq.Socket[bytes], int]]) -> list[tuple[zmq.Socket[bytes], int]]:
+    """Those of some (socket, POLLIN) pairs that have a message now. Re-arms their FDs like `ready_events`, at half its price."""
+    return zmq.zmq_poll(sockets, 0)  # type: ignore[return-value]
 
 
 def edge_fd(socket: zmq.Socket[bytes]) -> int:

@@ -16,7 +16,17 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from ..common.sockets import WORKER_QUEUE, connect_dealer, edge_fd, ready_events
+from ..common.sockets import (
+    POLLIN,
+    POLLOUT,
+    RECEIVE,
+    SEND,
+    WORKER_QUEUE,
+    connect_dealer,
+    edge_fd,
+    readable,
+    ready_events,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +56,17 @@ class Link:
         self._receiving = False
         self._closed = False
         self._socket, self._watch = connect_dealer(context, endpoint, WORKER_QUEUE)
+        self._alone = [(self._socket, POLLIN)]
         loop.add_reader(edge_fd(self._socket), self._turn)
         loop.add_reader(edge_fd(self._watch), self._on_connection)
-        loop.call_soon(self._on_connection)
+        # A turn later: the greeting tells what the worker has inherited, and it takes that up in the loop's first turn.
+        loop.call_soon(loop.call_soon, self._on_connection)
 
     def send(self, frame: bytes) -> None:
         """Send a frame, or keep it until the broker is there. Never blocks; the oldest is dropped when too many wait."""
         if self.connected and not self._outbox:
             try:
-                self._socket.send(frame, zmq.NOBLOCK)
+                self._socket.send(frame, SEND)
             except zmq.Again:
                 self._outbox.append(frame)
             if not self._receiving:
@@ -83,10 +95,9 @@ class Link:
         self._receiving = True
         try:
             for _ in range(BATCH):
-                events = ready_events(self._socket)
-                if not events & zmq.POLLIN:
+                if not readable(self._alone):
                     break
-                self._on_frame(self._socket.recv(zmq.NOBLOCK))
+                self._on_frame(self._socket.recv(RECEIVE))
             else:
                 self._loop.call_soon(self._turn)
                 return
@@ -95,13 +106,13 @@ class Link:
             raise
         finally:
             self._receiving = False
-        if self._outbox and events & zmq.POLLOUT:
+        if self._outbox and ready_events(self._socket) & POLLOUT:
             self._flush()
 
     def _flush(self) -> None:
         while self.connected and self._outbox:
             try:
-                self._socket.send(self._outbox[0], zmq.NOBLOCK)
+                self._socket.send(self._outbox[0], SEND)
             except zmq.Again:
                 break
             self._outbox.popleft()
@@ -109,13 +120,13 @@ class Link:
 
     def _look_again(self) -> None:
         """After a send: it may have taken from the FD the news of something to read, and of room, that will not be told again."""
-        events = ready_events(self._socket)
-        if events & zmq.POLLIN or (events & zmq.POLLOUT and self._outbox and self.connected):
+        waits_for_room = self._outbox and self.connected
+        if readable(self._alone) or (waits_for_room and ready_events(self._socket) & POLLOUT):
             self._loop.call_soon(self._turn)
 
     def _on_connection(self) -> None:
         """The socket's own news: shaken hands, or cut."""
-        while not self._closed and ready_events(self._watch) & zmq.POLLIN:
+        while not self._closed and ready_events(self._watch) & POLLIN:
             event = parse_monitor_message(self._watch.recv_multipart(zmq.NOBLOCK))["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected = True

@@ -43,7 +43,7 @@ def round_trip(site: Site, host: Host) -> list[Row]:
     """`query-status` on a second monitor of the same QEMU without vmloop, and through client, broker and worker."""
     path = site.root / "raw.qmp"
     site.define_real(host, "rt", "-qmp", f"unix:{path},server=on,wait=off")
-    host.vm("rt").start()
+    host.vm("rt").start(paused=True)
     vm = host.vm("rt")
     raw = BareMonitor(path)
     direct: list[float] = []

@@ -90,7 +90,7 @@ class Desk:
 
     def take(self, kind: type[A]) -> list[A]:
         """The actions of one kind, which are then done."""
-        taken = [action for action in self.core.actions if isinstance(action, kind)]
+        taken: list[A] = [action for action in self.core.actions if isinstance(action, kind)]
         self.core.actions = [action for action in self.core.actions if not isinstance(action, kind)]
         return taken
 
@@ -159,8 +159,7 @@ class Desk:
 
     def known(self, name: str, **status: Any) -> VmEntry:
         """A VM without a worker, as a starting broker finds it on disk."""
-        entry = self.core.roster.add(VmName(name), {"defined": True, "state": "shutoff", "reason": "unknown", **status})
-        return entry
+        return self.core.roster.add(VmName(name), {"defined": True, "state": "shutoff", "reason": "unknown", **status})
 
     def worker(self, name: str, **status: Any) -> Worker:
         """A running VM whose worker has presented itself."""
@@ -186,7 +185,9 @@ class Desk:
         self.core.crew.on_forked(worker.name, worker.pid)
         return worker
 
-    def hello(self, worker: Worker, *, inherited: list[int] | None = None, epoch: int = 1, seq: int = 0, **status: Any) -> None:
+    def hello(
+        self, worker: Worker, *, inherited: list[int] | None = None, epoch: int = 1, seq: int = 0, **status: Any
+    ) -> None:
         self.say(Kind.HELLO, worker, {"inherited": inherited or [], **status}, epoch, seq)
 
     def status(self, worker: Worker, *, epoch: int = 1, seq: int = 0, **status: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host around the broker's core, played: worker processes with their queues and ledgers, VMs that live and end, a spawner. For random tests.
+"""A host around the broker's core, played: workers with queues and ledgers, VMs that live and end, a spawner. For random tests.
 
-It keeps to what the real ones promise (one worker holds a VM's lock; a greeting comes first on every connection; before its goodbye a worker
-answers all but what QEMU owes it; a dead worker's last words arrive within LAST_WORDS), and to nothing else: any order is possible.
+It keeps to what the real ones promise (one worker holds a VM's lock; a greeting comes first on every connection; before its goodbye
+a worker answers all but what QEMU owes it; last words arrive within LAST_WORDS), and to nothing else: any order is possible.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class World:
     def ask(self, op: str, name: str, seconds: float, *, reading: bool = False) -> None:
         number = next(self._ids)
         self.asked[number] = op
-        service, args = f"vm/{name}", {"for": "shutoff"} if op == "wait" else {}
+        service, args = f"vm/{name}", dict[str, Any]({"for": "shutoff"} if op == "wait" else {})
         if op in ("start", "undefine"):
             service, args = "vmloop", {"name": name}
         elif op == "define":
@@ -112,7 +112,9 @@ class World:
             held = [number for process in self.processes if process.living for number in process.has]
             owed = [number for machine in self.machines.values() for number in machine.owed]
             still = {self.client_ids.get(number) for number in (*held, *owed)}
-            assert message.id not in still, f"{self.asked[message.id]} {message.id} was given up, and may yet be answered"
+            assert message.id not in still, (
+                f"{self.asked[message.id]} {message.id} was given up, and may yet be answered"
+            )
 
     def _to_worker(self, action: ToWorker) -> None:
         process = next((process for process in self.processes if process.identity == action.identity), None)
@@ -273,7 +275,9 @@ class World:
         core = self.desk.core
         in_flight = Counter(entry.client_id for entry in core.inflight)
         for number, op in self.asked.items():
-            assert self.answered[number] + in_flight[number] == 1, f"{op} {number}: answered {self.answered[number]} times"
+            assert self.answered[number] + in_flight[number] == 1, (
+                f"{op} {number}: answered {self.answered[number]} times"
+            )
         assert core.next_due() is not None or not len(core.inflight)
         assert all(times <= 1 for times in self.taken_up.values()), "a mutating request was carried out twice"
         presented = [vm.identity for vm in core.roster if vm.identity]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real zygote on a socket of its own, without a broker, and what is needed to see what it does. Used by the tests of zygote and spawner."""
+"""A real zygote on a socket of its own, without a broker. Used by the tests of zygote and spawner."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from .site import Site, kill_process, signal_process, wait_for
 
 # Generous: a machine with two busy cores takes a tenth of it.
 MANY_SECONDS = 60.0
+KILLS = 4  # in a row: each next worker is made later than the one before
 
 
 def answers_of(host: Host, asked: list[requests.Request[Any]]) -> list[Any]:
@@ -49,6 +50,12 @@ def facts(host: Host) -> list[tuple[str, str, int, int | None, int | None]]:
     return [(vm.name, vm.state, vm.epoch, vm.pid, vm.worker_pid) for vm in host.list()]
 
 
+def own_bytes(pid: int) -> int:
+    """Memory of a process that it shares with nobody, not with the zygote that it was forked from either."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
 def test_two_hundred_vms_are_attached_listed_commanded_and_let_go(site: Site, host: Host, beside: Vm) -> None:
     directory, names = site.simulate(200)
     broker = host.version().pid
@@ -70,10 +77,10 @@ def test_two_hundred_vms_are_attached_listed_commanded_and_let_go(site: Site, ho
     assert answers == [{"name": name} for name in names * 5]
     stats = timed("stats", host.stats)
     assert len(stats) == 201
-    own = [resident_bytes(vm.worker_pid) for vm in listed if vm.worker_pid is not None]
+    own = [own_bytes(vm.worker_pid) for vm in listed[:20] if vm.worker_pid is not None]
     timed("detach", lambda: answers_of(host, [requests.detach(f"vm/{name}") for name in names]))
     assert wait_for(lambda: [vm.name for vm in host.list()] == ["beside"])
-    assert wait_for(lambda: open_files(broker) == files)
+    assert wait_for(lambda: open_files(broker) <= files)
     assert wait_for(lambda: [path.name for path in site.paths.vms_state.iterdir()] == ["beside"])
     print(f"worker memory {sum(own) / len(own) / 1e6:.2f} MB, broker {resident_bytes(broker) / 1e6:.1f} MB")
     print(", ".join(f"{what} {seconds * 1000:.0f} ms" for what, seconds in took.items()))
@@ -160,7 +167,7 @@ def test_a_worker_killed_with_commands_in_flight_leaves_none_without_its_true_an
 
 def until(get: Callable[[float], Event | None], name: str) -> list[Event]:
     """Events up to the first of that name."""
-    seen = []
+    seen: list[Event] = []
     while True:
         event = get(10.0)
         assert event is not None, [event.event for event in seen]
@@ -174,15 +181,17 @@ def test_a_worker_killed_again_and_again_costs_no_event(site: Site, host: Host, 
     vm = host.vm("web1")
     vm.start()
     with host.events("web1") as events:
-        for number in range(8):
-            kill_process(worker_of(vm))
+        for number in range(KILLS):
+            worker = worker_of(vm)
+            kill_process(worker)
+            assert wait_for(lambda worker=worker: vm.show().worker_pid not in (None, worker))  # type: ignore[misc]
             vm.qmp("x-simulate", {"emit": {"event": "TICK", "data": {"number": number}}})
-        seen = []
-        while len([event for event in seen if event.event == "TICK"]) < 8:
+        seen: list[Event] = []
+        while len([event for event in seen if event.event == "TICK"]) < KILLS:
             event = events.get(10.0)
             assert event is not None
             seen.append(event)
-    assert [event.data["number"] for event in seen if event.event == "TICK"] == list(range(8))
+    assert [event.data["number"] for event in seen if event.event == "TICK"] == list(range(KILLS))
     assert [event.seq for event in seen] == list(range(seen[0].seq, seen[0].seq + len(seen)))
     assert "EVENTS_LOST" not in [event.event for event in seen]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier broker left on disk: every VM found as its files say, what is damaged or foreign named in the log and left where it is."""
+"""What an earlier broker left on disk: every VM found as its files say; what is damaged or foreign is named and left where it is."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_vms_come_in_the_order_of_their_names(paths: Paths) -> None:
 
 
 @pytest.mark.parametrize("name", ["-a", ".hidden", "a b", "ä", "a" * 65, "lost+found", "web1.damaged!", "a\nb"])
-def test_what_has_no_vms_name_is_named_and_passed_over(paths: Paths, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_has_no_vms_name_is_named_and_passed_over(
+    paths: Paths, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (paths.vms_state / name).mkdir()
     (paths.vms_state / name / "vm.toml").write_text("")
     put(paths)

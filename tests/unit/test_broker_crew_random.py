@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers, VMs and clients do what they like, in any order: every request ends with exactly one answer, and no VM is left without a way on."""
+"""Workers, VMs and clients do what they like, in any order: every request ends with one answer, and every VM has a way on."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class Crew(RuleBasedStateMachine):
     def the_broker_hears_of_a_fork(self) -> None:
         self.world.tell_forked()
 
-    @precondition(lambda self: self.some(lambda process: process.watched and not process.living and not process.exit_told))
+    @precondition(
+        lambda self: self.some(lambda process: process.watched and not process.living and not process.exit_told)
+    )
     @rule(pick=PICKS)
     def the_broker_hears_of_an_end(self, pick: int) -> None:
         ended = self.some(lambda process: process.watched and not process.living and not process.exit_told)
@@ -154,7 +156,9 @@ class Crew(RuleBasedStateMachine):
             self.world.check()
         assert len(self.desk.core.inflight) == 0
         for vm in self.desk.core.roster:
-            assert vm.worker.state in (WorkerState.READY, WorkerState.ABSENT), f"{vm.name} is stuck in {vm.worker.state}"
+            assert vm.worker.state in (WorkerState.READY, WorkerState.ABSENT), (
+                f"{vm.name} is stuck in {vm.worker.state}"
+            )
             assert vm.worker.state is WorkerState.READY or not vm.alive, f"{vm.name} runs and nobody serves it"
 
     def everything_works_for_a_moment(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the broker sees without asking: the status page of a VM, which it must read anew when there is a new one, and figures of processes."""
+"""What the broker sees without asking: a VM's status page, read anew when there is a new one, and figures of processes."""
 
 from __future__ import annotations
 

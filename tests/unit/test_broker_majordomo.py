@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Majordomo at the broker's client door: the same request gets the same answer in both dialects as at the native door. Frames alone: test_majordomo."""
+"""Majordomo at the client door: the same request gets the same answer in both dialects as at the native one. Frames: test_majordomo."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    "body", [[], [b"\xc1"], [pack([1])], [pack({})], [pack({"op": "list", "bogus": 1})], [pack({"op": "list"}), b"", b""]]
+    "body",
+    [[], [b"\xc1"], [pack([1])], [pack({})], [pack({"op": "list", "bogus": 1})], [pack({"op": "list"}), b"", b""]],
 )
 def test_a_header_that_makes_no_sense_is_answered_where_it_can_be(kind: Envelope, body: list[bytes]) -> None:
     desk = Desk()
@@ -265,7 +266,12 @@ def test_mmi_says_whether_a_service_is_there(kind: Envelope, service: str, asked
 # -- anything ---------------------------------------------------------------------------------------------------------------
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )

@@ -16,7 +16,10 @@ from vmloop.broker.systemd import Notifier
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, str]]:
     """The service manager's socket, and what NOTIFY_SOCKET says of it."""
-    with tempfile.TemporaryDirectory(prefix="vml-") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as at:
+    with (
+        tempfile.TemporaryDirectory(prefix="vml-") as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as at,
+    ):
         at.settimeout(5.0)
         path, name = f"{directory}/notify", f"vmloop-test-{os.getpid()}"
         at.bind(path if request.param == "path" else "\0" + name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zygote as a process of its own: it keeps connections, forks workers that hold only their own, tells of exits, and ends when it should."""
+"""The zygote as a process of its own: it keeps connections, forks workers, tells of exits, and ends when it should."""
 
 from __future__ import annotations
 
@@ -270,9 +270,7 @@ def test_garbage_costs_its_sender_the_connection_and_nobody_else_anything(
     assert not readable(peer, 0)
 
 
-def test_the_fds_beside_garbage_are_closed(
-    zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]
-) -> None:
+def test_the_fds_beside_garbage_are_closed(zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]) -> None:
     mine, peer = pair
     broker, stranger = zygote.connect(), zygote.connect()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", mine.fileno()))]
