@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # A process's end is seen at once, its last messages come through a socket and a thread: this long they are waited for.
 LAST_WORDS: Final = 0.02
+# Where the page says that it went by itself, its goodbye is on the way, however much is in front of it.
+GOODBYE: Final = 5.0
 
 
 class Crew:
@@ -152,8 +154,8 @@ class Crew:
             log.error("VM %s: no worker can be made: %s", name, error)
             self._lost(vm, now, error)
 
-    def on_exit(self, name: VmName, pid: int, now: float) -> None:
-        """A worker's pidfd says that it has ended."""
+    def on_exit(self, name: VmName, pid: int, now: float, went: bool = False) -> None:
+        """A worker's pidfd says that it has ended; `went`: by itself, with a goodbye."""
         vm = self._roster.get(name)
         if vm is None or vm.worker_pid != pid:
             return
@@ -161,7 +163,7 @@ class Crew:
         if vm.worker.state is WorkerState.LEAVING:
             self._left(vm, now)
         else:
-            vm.due = now + LAST_WORDS
+            vm.due = now + (GOODBYE if went and vm.worker.state is WorkerState.READY else LAST_WORDS)
             self._watches.add(name)
 
     def _died(self, vm: VmEntry, now: float) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.names import VmName
-from ..common.page import Page, PageDamaged
+from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths
 
 
@@ -19,14 +19,20 @@ class ProcLooker:
 
     def blocked(self, name: VmName) -> float:
         """Seconds for which the worker's loop has been in one turn; 0.0 if it sleeps or has no page."""
-        page = self._pages.get(name)
-        if page is None:
-            try:
-                page = self._pages[name] = Page(self._paths.vm(name).page, writable=False)
-            except (OSError, PageDamaged):
-                return 0.0
-        seconds = page.blocked_seconds()
+        try:
+            seconds = self._page(name).blocked_seconds()
+        except (OSError, PageDamaged):
+            return 0.0
         return seconds if seconds >= 0.1 else 0.0  # a loop at work is not held up
+
+    def went(self, name: VmName) -> bool:
+        """Whether a worker that has ended did so by itself: it noted that, or has removed its VM's directory."""
+        try:
+            return bool(self._page(name).words[Word.LEFT])
+        except FileNotFoundError:
+            return True
+        except (OSError, PageDamaged):
+            return False
 
     def process(self, pid: int | None) -> dict[str, Any] | None:
         """CPU and memory of a process, None if it is gone."""
@@ -46,6 +52,12 @@ class ProcLooker:
                 }
         except psutil.Error:
             return None
+
+    def _page(self, name: VmName) -> Page:
+        page = self._pages.get(name)
+        if page is None:
+            page = self._pages[name] = Page(self._paths.vm(name).page, writable=False)
+        return page
 
     def forget(self, name: VmName) -> None:
         """The VM is no more, or its worker is a new one with perhaps a new page."""

@@ -136,8 +136,9 @@ class Loop:
         self._core.crew.on_not_forked(name, error, time.monotonic())
 
     def on_exit(self, name: VmName, pid: int) -> None:
+        went = self._looker.went(name)
         self._looker.forget(name)
-        self._core.crew.on_exit(name, pid, time.monotonic())
+        self._core.crew.on_exit(name, pid, time.monotonic(), went)
 
     def on_new_zygote(self) -> None:
         self._core.crew.on_new_zygote()

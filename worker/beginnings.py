@@ -22,7 +22,7 @@ from .qemu.launch import launch, log_tail
 from .qemu.process import QemuProcess
 from .runfile import Run, boot_id
 from .transitions import Move
-from .vm import END_GRACE, Vm
+from .vm import END_GRACE, Fact, Vm
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadli
         connection.close()
         raise
     epoch = vm.begin_run("attached")
+    vm.note(Fact.ATTACHED)
     vm.save(
         Run(
             epoch=epoch,

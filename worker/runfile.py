@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ..common.durable import set_aside, write_whole
+from ..common.paths import VmPaths
 from ..common.process import Identity
+from .qemu.adopt import is_refused
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,20 @@ def read_run(path: Path) -> Run | None:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         log.warning("%s is damaged (%s); it was moved to %s", path, error, set_aside(path))
         return None
+
+
+def salvage_run(paths: VmPaths, epoch: int, *, attached: bool) -> Run:
+    """What can still be said of the newest run when its file was damaged. `epoch` and `attached` as the status page has them.
+
+    A QEMU that vmloop launched holds its listening monitor socket as long as it lives: refused there means gone. Anything else is not
+    known, and is never read as the run's end.
+    """
+    run = Run(epoch=max(epoch, 1), boot_id=boot_id(), monitor=os.fspath(paths.monitor_socket), launched=not attached)
+    if attached:
+        return msgspec.structs.replace(run, ended=RunEnd("unknown", "its run.json was damaged", time.time()))
+    if is_refused(run.monitor):
+        return msgspec.structs.replace(run, ended=RunEnd("shutoff", "unknown", time.time()))
+    return run
 
 
 def write_run(path: Path, run: Run) -> None:

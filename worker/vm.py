@@ -36,14 +36,14 @@ from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .events import EventLog
 from .keeper import Keeper
-from .qemu.adopt import connect_monitor
+from .qemu.adopt import connect_monitor, is_refused
 from .qemu.process import QemuProcess, describe_exit
 from .qmp.commands import Command, Done
 from .qmp.framing import LineReader
 from .qmp.ledger import Owed
 from .qmp.session import QmpSession
 from .qmp.writer import end_connection
-from .runfile import Run, RunEnd, clear_run_directory, read_run, write_run
+from .runfile import Run, RunEnd, clear_run_directory, read_run, salvage_run, write_run
 from .transitions import Move, of_end, of_event, of_status
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Fact(IntFlag):
     STARTED = 1  # it came up once
     SHUTDOWN_SEEN = 2
     KILLED = 4  # vmloop ended it
+    ATTACHED = 8  # somebody else started it
 
 
 class Vm:
@@ -86,7 +87,11 @@ class Vm:
         self.events = events
         self.loop = loop
         self.settings = settings
+        had_run = paths.run_file.exists()
         self.run: Run | None = read_run(paths.run_file)
+        if had_run and self.run is None:
+            attached = bool(page.words[Word.FACTS] & Fact.ATTACHED)
+            self.run = salvage_run(paths, page.words[Word.EPOCH], attached=attached)
         self.session: QmpSession | None = None
         self.process: QemuProcess | None = None
         self.intent = ""  # the reason that the next state change has, set by who asks for it
@@ -251,6 +256,9 @@ class Vm:
         )
         async for attempt in retrying:
             with attempt:
+                if self.process is None and self.run.launched and is_refused(self.run.monitor):
+                    self.loop.call_soon(self.finish, "nobody listens on its monitor's socket any more")
+                    return
                 connection = connect_monitor(self.run.monitor)
                 try:
                     await self.bring_up(connection, self.loop.time() + self.settings.launch, again=True)

@@ -234,9 +234,9 @@ class Desk:
         self.core.on_worker(worker.identity, [frame], self.now)
         return frame
 
-    def exit(self, worker: Worker) -> None:
-        """A worker's pidfd tells its end."""
-        self.core.crew.on_exit(worker.name, worker.pid, self.now)
+    def exit(self, worker: Worker, *, went: bool = False) -> None:
+        """A worker's pidfd tells its end; `went`: its page says that it went by itself."""
+        self.core.crew.on_exit(worker.name, worker.pid, self.now, went)
 
     def reconnected(self, worker: Worker) -> Worker:
         """The same worker on a new connection; it has not presented itself on it yet."""

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import vmloop
 
-GREETING = '{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\n'
+GREETING = (
+    '{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\n'
+)
 
 
 def install(directory: Path) -> str:

@@ -175,6 +175,7 @@ def test_a_broker_that_goes_down_answers_what_is_in_flight_and_takes_nothing_new
         assert desk.answer().code == "busy"
     desk.reply(worker, request, "done")
     assert desk.answer().value == "done"
+    desk.tick(FAREWELL / 2)
     assert not desk.core.finished, "what was sent last must still leave"
     desk.tick(FAREWELL)
     assert desk.core.finished

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vmloop.broker.actions import Fork, KillWorker, Publish, ToWorker, WatchWorker
@@ -195,6 +197,19 @@ def test_nonsense_about_what_was_inherited_means_nothing_was(inherited: object) 
     assert desk.answer().code == "outcome-unknown"
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments"), [("start", {"name": "web1"}), ("define", {"definition": {"name": "web1"}})]
+)
+def test_what_had_a_worker_made_is_not_sent_twice_either(op: str, arguments: dict[str, Any]) -> None:
+    desk = Desk()
+    worker = desk.worker("web1", alive=False, state="shutoff")
+    desk.ask(op, args=arguments)
+    assert len(desk.requests(worker)) == 1
+    successor = die(desk, worker)
+    desk.hello(successor, alive=False, state="shutoff")
+    assert (desk.answer().code, desk.requests(successor)) == ("outcome-unknown", [])
+
+
 def test_requests_that_come_while_there_is_no_worker_wait_for_the_next_one_in_their_order() -> None:
     desk = Desk()
     worker = desk.worker("web1")
@@ -317,6 +332,18 @@ def test_a_worker_that_ends_before_it_presents_itself_is_made_again() -> None:
     assert desk.core.actions == []
     desk.tick(LAST_WORDS)
     assert desk.take(Fork) == [Fork(WEB1)]
+
+
+def test_news_of_another_fork_does_not_make_a_dead_worker_of_a_living_one() -> None:
+    desk = Desk()
+    desk.known("web1", alive=True)
+    desk.core.crew.adopt(desk.vm("web1"), desk.now)
+    ended, living = desk.forked("web1"), desk.process("web1")
+    desk.exit(ended)
+    desk.core.crew.on_forked(WEB1, living.pid)
+    desk.hello(living)
+    desk.tick(LAST_WORDS)
+    assert (state(desk), desk.vm("web1").identity) == (WorkerState.READY, living.identity)
 
 
 def test_news_of_forks_for_forgotten_vms_change_nothing() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vmloop.broker.actions import Forget, Fork, ToWorker
-from vmloop.broker.crew import LAST_WORDS
+from vmloop.broker.crew import GOODBYE, LAST_WORDS
 from vmloop.broker.roster import WorkerState
 from vmloop.common.names import VmName
 from vmloop.common.wire import Kind, Message, decode, encode
@@ -148,6 +148,28 @@ def test_what_a_worker_had_sent_before_it_left_a_running_vm_is_for_the_next_one_
     if inherits:
         desk.reply(successor, request, "true")
         assert desk.answer().value == "true"
+
+
+def test_a_goodbye_that_is_known_to_be_on_its_way_is_waited_for_longer_than_last_words() -> None:
+    desk = Desk()
+    worker = desk.worker("web1")
+    desk.ask("detach", "vm/web1")
+    [request] = desk.requests(worker)
+    desk.exit(worker, went=True)
+    desk.tick(GOODBYE - 0.01)
+    assert desk.core.actions == []
+    desk.reply(worker, request, {"name": "web1"})
+    desk.bye(worker, state="unknown")
+    assert desk.answer().value == {"name": "web1"}
+    assert (state(desk), desk.take(Fork)) == (WorkerState.ABSENT, [])
+
+
+def test_a_goodbye_that_never_comes_is_not_waited_for_for_ever() -> None:
+    desk = Desk()
+    worker = desk.worker("web1")
+    desk.exit(worker, went=True)
+    desk.tick(GOODBYE)
+    assert desk.take(Fork) == [Fork(WEB1)]
 
 
 def test_a_goodbye_ends_the_row_of_deaths() -> None:

@@ -45,6 +45,19 @@ def connect_monitor(path: str) -> socket.socket:
     return connection
 
 
+def is_refused(path: str) -> bool:
+    """Whether nobody listens at a socket any more. Of a QEMU that was launched with its listening socket this means that it is gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except BlockingIOError:  # others wait there already
+            return False
+    return False
+
+
 def find_process(connection: socket.socket, pid: int | None) -> Found:
     """The process of an attached VM. Raises `Denied` if a given pid is not alive.
 
