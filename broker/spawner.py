@@ -56,10 +56,10 @@ class Spawner:
     # -- start --------------------------------------------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """Connect to the zygote, or start one. True if it is a new one."""
+        """Connect to the zygote, or start one. True if it is a new one. Raises OSError, also for one that lives and is only busy."""
         try:
             self._use(self._connect())
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):  # nobody listens
             self._start_zygote()
             self._use(self._connect())
             return True

@@ -12,6 +12,7 @@ Runs as: started by broker/spawner.py, which hands it the listening socket. `mai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -62,6 +63,7 @@ class Zygote:
         self._workers: dict[int, str] = {}  # pid → VM
         self._ending = False
         self._met_somebody = False
+        self._spare = _open_spare()
         self._wake_read, self._wake_write = socket.socketpair()
         self._poll = select.poll()
 
@@ -102,6 +104,13 @@ class Zygote:
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:  # no fds left: turn the caller away rather than hear of it for ever
+            log.error("a connection cannot be taken: %s", error)
+            os.close(self._spare)
+            with contextlib.suppress(OSError):
+                self._listener.accept()[0].close()
+            self._spare = _open_spare()
             return
         connection.setblocking(False)
         self._met_somebody = True
@@ -168,7 +177,11 @@ class Zygote:
         if pid == 0:
             self._child(spec)
         self._workers[pid] = packet.vm
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:  # no fds left; an unreaped child keeps its pid, so this hits nobody else
+            os.kill(pid, signal.SIGKILL)
+            return self._tell(connection, NotForked(packet.vm, str(error)))
         self._tell(connection, Forked(packet.vm, pid), [pidfd])
         os.close(pidfd)
         return None
@@ -205,6 +218,11 @@ class Zygote:
                 log.info("%s %d ended with status %d", f"the worker of {vm}" if vm else "an orphan", pid, code)
             for fd in self._brokers & self._connections.keys():
                 self._tell(self._connections[fd], Exited(pid, code, vm))
+
+
+def _open_spare() -> int:
+    """An fd to give up when there are no others."""
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def main() -> int:
