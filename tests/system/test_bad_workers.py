@@ -71,7 +71,7 @@ def test_a_hello_of_a_process_that_is_no_worker_makes_no_vm(site: Site, host: Ho
         status = {"worker_pid": pid, "incarnation": 1, "state": "running"}
         with door(site.paths.worker_socket) as worker:
             worker.send(said(Kind.HELLO, "ghost", status))
-            worker.send(said(Kind.HELLO, "beside", {"incarnation": 0}))
+            worker.send(said(Kind.HELLO, "beside", {"worker_pid": os.getpid(), "incarnation": 0}))
             assert decode(*worker.receive()).op == "leave"  # so the one before has been dealt with
             assert wait_for(lambda: [vm.name for vm in host.list()] == ["beside"]), pid
     assert wait_for(lambda: open_files(broker) == before)
