@@ -352,8 +352,11 @@ class Core:
         """When `on_tick` has something to do; None: not by itself."""
         if self._draining_until is not None and not len(self.inflight):
             return min(self._last_answer + FAREWELL, self._draining_until)
-        dues = (self.inflight.next_due(), self.crew.next_due(), self._draining_until)
-        return min((due for due in dues if due is not None), default=None)
+        due = self.inflight.next_due()
+        for other in (self.crew.next_due(), self._draining_until):
+            if other is not None and (due is None or other < due):
+                due = other
+        return due
 
     def on_tick(self, now: float) -> None:
         """Deadlines of requests and of workers."""

@@ -241,6 +241,8 @@ class Crew:
 
     def next_due(self) -> float | None:
         """When `on_tick` has something to do; None: not by itself."""
+        if not self._watches:  # nearly always, and this is asked before every wait
+            return None
         watched = (self._roster.get(name) for name in self._watches)
         return min((vm.due for vm in watched if vm is not None and vm.due is not None), default=None)
 
