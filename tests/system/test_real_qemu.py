@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,24 @@ def test_a_thawed_qemu_is_ready_again_and_its_late_answer_is_told(site: Site, ho
         late = next(event for event in events if event.event == "COMMAND_LATE")
     assert late.data["return"] == {}
     assert wait_for(lambda: vm.show().monitor == "ready")
+
+
+def test_a_worker_killed_with_commands_in_flight_leaves_every_answer_to_the_next(site: Site, host: Host) -> None:
+    pid = started(site, host)
+    vm = host.vm("web1")
+    worker = vm.show().worker_pid
+    assert worker is not None
+    signal_process(pid, signal.SIGSTOP)  # so that nothing is answered before the worker is gone
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(site.host().vm("web1").qmp, name) for name in ("query-version", "stop", "query-name")]
+        assert wait_for(lambda: [stats.in_flight for stats in host.stats("web1")] == [3])
+        signal_process(worker, signal.SIGKILL)
+        assert wait_for(lambda: vm.show().worker_pid not in (worker, None))
+        signal_process(pid, signal.SIGCONT)
+        answers = [answer.result(20) for answer in asked]
+    assert answers[0]["qemu"]["major"] >= 7
+    assert answers[1:] == [{}, {}]
+    assert (vm.wait("paused", timeout=10).epoch, vm.show().pid) == (1, pid)
 
 
 def test_a_busy_main_loop_is_busy_and_not_frozen(site: Site, host: Host, tmp_path: Path) -> None:
