@@ -96,7 +96,6 @@ class Vm:
         self.process: QemuProcess | None = None
         self.intent = ""  # the reason that the next state change has, set by who asks for it
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
-        self.detached = False
         self._page = page
         self._keeper = keeper
         self._on_status = on_status
@@ -172,11 +171,10 @@ class Vm:
         if move.state is not self.state.state and self.state.can(move.state):
             self.state.move(move.state, self.intent or move.reason)
 
-    # -- start --------------------------------------------------------------------------------------------------------------
-
     # -- the run --------------------------------------------------------------------------------------------------------------
 
     def begin_run(self, reason: str) -> int:
+        """Count a new run and go to `starting`; its epoch."""
         # run.json or the page may have been lost: a number is never given to two runs.
         epoch = max(self.run.epoch if self.run is not None else 0, self._page.words[Word.EPOCH]) + 1
         self.events.begin_epoch(epoch)
@@ -195,10 +193,12 @@ class Vm:
         self.events.begin_epoch(run.epoch + 1)
 
     def save(self, run: Run) -> None:
+        """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
         self.run = run
         write_run(self.paths.run_file, run)
 
     def hold(self, process: QemuProcess) -> None:
+        """This is the run's process: its end will be the run's."""
         self.process = process
         self.loop.add_reader(process.fileno(), self.finish, "")
 
@@ -232,6 +232,7 @@ class Vm:
     # -- taking over -----------------------------------------------------------------------------------------------------------
 
     def take_over(self, connection: socket.socket, run: Run) -> None:
+        """Go on with the connection that an earlier worker read from."""
         connection.setblocking(False)
         session = self._open_session(connection)
         session.take_over(oob=run.oob, answer=self._inherit)
@@ -251,7 +252,7 @@ class Vm:
     async def _reconnect(self) -> None:
         assert self.run is not None
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(VmloopError),
+            retry=tenacity.retry_if_exception_type((VmloopError, OSError)),  # OSError: run.json cannot be written now
             wait=tenacity.wait_exponential(multiplier=0.05, max=self.settings.reconnect_max_delay),
         )
         async for attempt in retrying:
@@ -264,7 +265,7 @@ class Vm:
                     await self.bring_up(connection, self.loop.time() + self.settings.launch, again=True)
                     if self.session is None:
                         raise MonitorLost(f"VM {self.name}: its monitor closed the connection again")
-                except VmloopError:
+                except (VmloopError, OSError):
                     self._drop_session("no answer")
                     raise
         self._reconnecting = None
@@ -373,7 +374,6 @@ class Vm:
     def detach(self) -> None:
         """Let go of a running VM: it goes on without vmloop."""
         self._ending = True
-        self.detached = True
         self.let_go()
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "detached")

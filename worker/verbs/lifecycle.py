@@ -88,6 +88,8 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
             raise
         app.log_info(f"stop: {error}; killing it, as asked")
         return await kill(app, request, NoArguments())
+    finally:
+        vm.intent = ""  # a guest that did not listen: what stops it later has other reasons
     return _state(app)
 
 
