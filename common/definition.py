@@ -7,10 +7,14 @@
     args = ["-machine", "q35,accel=kvm:tcg", "-m", "512"]
     [agent]
     enabled = true
-    timeout = 5.0
+    timeout = 5.0                        # seconds in which the agent must answer
+    freeze_limit = 60.0                  # a file system frozen for longer is thawed
     [handlers]
-    limit = 30.0
-    on_crash = "preserve"
+    limit = 30.0                         # seconds that one handler may take for one event
+    load = ["mail"]                      # of etc/handlers/*.py; all of them if left out
+    on_crash = "preserve"                # the guest panicked: or destroy, restart, dump
+    on_watchdog = "none"                 # beside what QEMU's own watchdog action does: or dump
+    on_poweroff = "off"                  # the guest powered off: or restart, preserve
 
 Read by the command line (to fail early), checked again by the worker, which writes it to state/vms/NAME/vm.toml and launches from it.
 """
@@ -33,6 +37,7 @@ MONITOR_ID: Final = "vmloop-monitor"
 AGENT_ID: Final = "vmloop-agent"
 
 Argument = Annotated[str, msgspec.Meta(max_length=65536)]
+HandlerName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$")]  # of a file in etc/handlers, without .py
 
 
 class QemuSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,13 +52,17 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     enabled: bool = False
     timeout: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 5.0
+    freeze_limit: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
 
 
 class HandlersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[handlers]"""
 
     limit: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 30.0
+    load: Annotated[list[HandlerName], msgspec.Meta(max_length=1024)] | None = None
     on_crash: Literal["preserve", "destroy", "restart", "dump"] = "preserve"
+    on_watchdog: Literal["none", "dump"] = "none"
+    on_poweroff: Literal["off", "restart", "preserve"] = "off"
 
 
 class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +90,8 @@ def definition_to_toml(definition: Definition) -> bytes:
     sections: dict[str, dict[str, Any]] = msgspec.to_builtins(definition)
     for section, values in sections.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in values.items())]
+            written = {key: value for key, value in values.items() if value is not None}  # TOML has no null
+            lines += ["", f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in written.items())]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -16,6 +16,7 @@ broker (`blocked` in list), and the next worker of the same VM.
       11   carry after the consumption    12   QMP id of the command that is being written, else 0
       13   state of the VM (its place in VmState)        14   facts about the run (worker/vm.py)
       15   in that state since (microseconds since 1970)      32   1 if the last worker left in order
+      33   the guest's file systems are frozen until (f64, CLOCK_MONOTONIC), 0 if vmloop has not frozen them
    16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
   64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
 
@@ -65,6 +66,7 @@ class Word(IntEnum):
     FACTS = 14
     SINCE = 15
     LEFT = 32
+    FROZEN_UNTIL = 33
 
 
 class PageDamaged(Exception):

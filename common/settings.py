@@ -22,6 +22,8 @@ class BrokerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker_hello: Seconds = 10.0  # a worker that has not presented itself by then is started again
     requests_per_client: Count = 1024
     requests_per_vm: Count = 1024
+    blocked_after: Seconds = 1.0  # a worker whose loop has been in one turn for so long is reported as blocked
+    blocked_limit: Seconds = 30.0  # and after so long replaced under its VM
 
 
 class RestartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +44,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recent_events: Count = 1024  # kept in memory for `events` without the journal
     outbox: Count = 4096  # messages kept for a broker that is away
     max_reply: Annotated[int, msgspec.Meta(ge=1 << 16, le=1 << 30)] = 64 << 20  # bytes in one line of a monitor
+    max_agent_reply: Annotated[int, msgspec.Meta(ge=1 << 12, le=1 << 28)] = 16 << 20  # bytes in one line of an agent
+    memory_limit: Annotated[int, msgspec.Meta(ge=256 << 20)] = 1 << 30  # bytes of private memory that a worker may take
     log_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] = (
         4 << 20
     )  # qemu.log and worker.log are turned over at this size
