@@ -37,7 +37,13 @@ class Fork(NamedTuple):
 
 
 class KillWorker(NamedTuple):
-    """End a worker that never presented itself."""
+    """End a worker that never presented itself, or does not get on. The VM runs on."""
+
+    name: VmName
+
+
+class DumpStack(NamedTuple):
+    """Make a worker write down where it is (worker/stack.py)."""
 
     name: VmName
 
@@ -60,4 +66,4 @@ class EndZygote(NamedTuple):
     """The zygote ends with its last worker."""
 
 
-Action = ToClient | ToWorker | Publish | Fork | KillWorker | WatchWorker | Forget | EndZygote
+Action = ToClient | ToWorker | Publish | Fork | KillWorker | DumpStack | WatchWorker | Forget | EndZygote

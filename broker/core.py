@@ -26,10 +26,8 @@ from ..common.errors import (
 from ..common.majordomo import (
     BadMajordomo,
     Dialect,
-    Envelope,
     MmiRequest,
     build_mmi_reply,
-    build_reply,
     is_majordomo,
     parse_request,
 )
@@ -49,9 +47,10 @@ from ..common.wire import (
     forwarded,
     with_id,
 )
-from .actions import Action, Publish, ToClient
+from .actions import Action, Publish, ToClient, ToWorker
 from .crew import Crew, is_pid
 from .inflight import Entry, InFlight
+from .replies import majordomo_reply, own_reply
 from .roster import Roster, VmEntry, WorkerState
 
 log = logging.getLogger(__name__)
@@ -228,14 +227,20 @@ class Core:
             self.crew.send(entry, vm, entry.frame)
         elif vm.worker.state is WorkerState.ABSENT:
             self.crew.make_worker(vm, now, "a request came")
+        elif vm.worker.state is WorkerState.LOST and entry.op == "kill":
+            self.crew.make_worker(vm, now, "a kill does not wait for its delay")
 
     def _enter(self, entry: Entry, vm: VmEntry | None, deadline: float) -> None:
         name = vm.name if vm is not None else None
+        kill = entry.op == "kill"
         # A VM that answers nothing has many requests in flight, and must be killed all the same.
-        self.inflight.require_room(entry.client, None if entry.op == "kill" else name)
+        self.inflight.require_room(entry.client, None if kill else name)
         entry.number = self.inflight.next_number()
         entry.vm = name
         self.inflight.add(entry, deadline)
+        if kill:
+            entry.reading = True  # it may be told to the next worker too
+            self.on_kill(entry)
 
     def _hold(self, entry: Entry, frame: bytes) -> None:
         try:
@@ -263,6 +268,13 @@ class Core:
             )
         )
         self._answer_error(entry, error, entry.received)
+
+    def on_client_gone(self, identity: bytes) -> None:
+        """A client is not there any more: the workers that have its requests hear of it, and some requests end with their caller."""
+        for entry in self.inflight:
+            if entry.client == identity and entry.sent_to is not None:
+                cancel = encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number))
+                self.actions.append(ToWorker(entry.sent_to, cancel, 0))
 
     # -- from workers -------------------------------------------------------------------------------------------------------
 
@@ -306,19 +318,7 @@ class Core:
             return
         if kind == _PARTIAL and entry.envelope.dialect is Dialect.V01:
             return  # MDP/0.1 knows one answer only
-        self._reply_majordomo(entry, entry.envelope, message)
-
-    def _reply_majordomo(self, entry: Entry, envelope: Envelope, message: Message) -> None:
-        frames = build_reply(
-            envelope,
-            ok=message.kind is not Kind.ERROR,
-            body=message.body,
-            client_id=entry.client_id,
-            cursor=f"{message.epoch}.{message.seq}" if entry.vm is not None else None,
-            seconds=message.seconds,
-            final=message.kind is not Kind.PARTIAL,
-        )
-        self.actions.append(ToClient(entry.client, frames))
+        self.actions.append(majordomo_reply(entry, entry.envelope, message))
 
     def _on_status(self, identity: bytes, frame: bytes, now: float) -> None:
         try:
@@ -341,6 +341,10 @@ class Core:
         if message.kind is Kind.BYE:
             self.crew.on_bye(vm, now)
         return None
+
+    def on_kill(self, entry: Entry) -> None:
+        """A kill is on its way to a worker; host.py puts its own function here."""
+        raise NotImplementedError
 
     def on_vm_changed(self, vm: VmEntry, now: float) -> None:
         """A VM's status is new: whoever waits for its state; host.py puts its own function here."""
@@ -415,18 +419,9 @@ class Core:
     def _answer(self, entry: Entry, kind: Kind, body: bytes, now: float) -> None:
         self._last_answer = max(self._last_answer, now)
         vm = self.roster.get(entry.vm) if entry.vm is not None else None
-        message = Message(
-            kind=kind,
-            id=entry.client_id if entry.envelope is None else 0,
-            body=body,
-            seconds=max(0.0, now - entry.received),
-            epoch=vm.epoch if vm is not None else 0,
-            seq=vm.seq if vm is not None else 0,
-        )
-        if entry.envelope is not None:
-            self._reply_majordomo(entry, entry.envelope, message)
-        elif entry.client:
-            self.actions.append(ToClient(entry.client, [encode(message)]))
+        reply = own_reply(entry, vm, kind, body, now)
+        if reply is not None:
+            self.actions.append(reply)
 
     def _drop(self, why: str) -> None:
         """The one place where a message that cannot be answered ends."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,17 +23,11 @@ from .actions import EndZygote
 from .core import Core
 from .inflight import Entry
 from .roster import VmEntry
+from .watch import Looker, Watch
 
 PROTOCOL: Final = 1  # of the native wire
 # Ending all VMs: kill is immediate, a process that hangs in the kernel is not waited for longer.
 SHUTDOWN_SECONDS: Final = 30.0
-
-
-class Looker(Protocol):
-    """What the broker may look at without waiting: status pages and /proc. Implemented by looker.py."""
-
-    def blocked(self, name: VmName) -> float: ...
-    def process(self, pid: int | None) -> dict[str, Any] | None: ...
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +74,14 @@ class HostCore(Core):
     def __init__(self, settings: Settings, first_number: int, looker: Looker, pid: int) -> None:
         super().__init__(settings, first_number)
         self._looker = looker
+        self.watch = Watch(
+            settings.broker,
+            self.roster,
+            self.inflight,
+            looker,
+            act=lambda action: self.actions.append(action),
+            wall_micros=lambda: time.time_ns() // 1000,
+        )
         self._pid = pid
         self._started = time.time()
         self._ending: _Ending | None = None
@@ -125,6 +127,9 @@ class HostCore(Core):
         if self._ending is not None and vm.alive:
             self._kill(self._ending, vm, now)
         self._finish_shutdown_if_over(now)
+
+    def on_kill(self, entry: Entry) -> None:
+        self.watch.on_kill(entry)
 
     def _answer_wait(self, entry: Entry, vm: VmEntry, now: float) -> None:
         if vm.state == entry.waits_for:

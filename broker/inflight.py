@@ -118,6 +118,11 @@ class InFlight:
         """A VM's requests, in the order they came."""
         return [self._entries[number] for number in self._of_vm.get(vm, ())]
 
+    def oldest_of_vm(self, vm: VmName) -> Entry | None:
+        """The request of a VM that a worker has had for longest."""
+        numbers = self._of_vm.get(vm, ())
+        return next((entry for number in numbers if (entry := self._entries[number]).sent_to is not None), None)
+
     def count_of_vm(self, vm: VmName) -> int:
         return len(self._of_vm.get(vm, ()))
 

@@ -25,6 +25,23 @@ class ProcLooker:
             return 0.0
         return seconds if seconds >= 0.1 else 0.0  # a loop at work is not held up
 
+    def task(self, name: VmName) -> str:
+        """What the worker's loop last said it does; "" if it said nothing."""
+        try:
+            return self._page(name).task()
+        except (OSError, PageDamaged):
+            return ""
+
+    def stopped(self, pid: int | None) -> bool:
+        """Whether a process is stopped by a signal or a debugger (proc(5), state T or t)."""
+        if pid is None:
+            return False
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                return file.read(512).rpartition(b")")[2].lstrip()[:1] in (b"T", b"t")
+        except OSError:
+            return False
+
     def went(self, name: VmName) -> bool:
         """Whether a worker that has ended did so by itself: it noted that, or has removed its VM's directory."""
         try:

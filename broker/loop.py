@@ -19,9 +19,10 @@ from typing import Any, Final
 import zmq
 
 from ..common.names import VmName
+from ..common.process import STACK_SIGNAL
 from ..common.sockets import POLLIN, RECEIVE, SEND, SEND_MORE, edge_fd, readable
-from .actions import EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
-from .core import Core
+from .actions import DumpStack, EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
+from .host import HostCore
 from .looker import ProcLooker
 from .spawner import Spawner
 
@@ -38,7 +39,7 @@ Socket = zmq.Socket[bytes]
 class Loop:
     """One broker's loop. The sockets are bound by the caller, who also closes them."""
 
-    def __init__(self, core: Core, clients: Socket, workers: Socket, publisher: Socket, looker: ProcLooker) -> None:
+    def __init__(self, core: HostCore, clients: Socket, workers: Socket, publisher: Socket, looker: ProcLooker) -> None:
         self.undelivered = 0  # answers to clients that are gone or do not read
         self._core = core
         self._clients = clients
@@ -69,10 +70,11 @@ class Loop:
             now = time.monotonic()
             quiet = self._receive(now)
             self._turn_side(waited, now)
-            due = self._core.next_due()
+            due = self._next_due()
             if due is not None and due <= now:
                 self._core.on_tick(now)
-                due = self._core.next_due()
+                self._core.watch.on_tick(now)
+                due = self._next_due()
             if self._perform() or not quiet:
                 waited = self._epoll.poll(0.0)  # what was sent may have taken in news: look at the doors again
             elif not self._core.finished:
@@ -83,6 +85,10 @@ class Loop:
         self._epoll.close()
         self._wake_read.close()
         self._wake_write.close()
+
+    def _next_due(self) -> float | None:
+        due, look = self._core.next_due(), self._core.watch.next_due()
+        return look if due is None else due if look is None else min(due, look)
 
     @staticmethod
     def _wait_seconds(due: float | None) -> float:
@@ -174,6 +180,8 @@ class Loop:
             self.undelivered += 1
             if self.undelivered <= 10 or self.undelivered % 1000 == 0:
                 log.warning("an answer could not be delivered (%d so far): %s", self.undelivered, error)
+            if error.errno == zmq.EHOSTUNREACH:
+                self._core.on_client_gone(action.identity)
 
     def _send_to_worker(self, action: ToWorker) -> None:
         try:
@@ -192,6 +200,8 @@ class Loop:
                 self._spawner.fork(name)
             case KillWorker(name):
                 self._spawner.kill(name)
+            case DumpStack(name):
+                self._spawner.kill(name, STACK_SIGNAL)
             case WatchWorker(name, pid, started):
                 self._looker.forget(name)
                 self._spawner.watch(name, pid, started)

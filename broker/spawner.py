@@ -138,12 +138,12 @@ class Spawner:
         self._release(pidfd)
         self._on_exit(name, pid)
 
-    def kill(self, name: VmName) -> None:
-        """End the workers of a VM (not the VM)."""
+    def kill(self, name: VmName, number: int = signal.SIGKILL) -> None:
+        """Send the workers of a VM (not the VM) a signal; by default they end."""
         for pidfd, (worker_of, _) in self._workers.items():
             if worker_of == name:
                 with contextlib.suppress(ProcessLookupError):  # it ended by itself in this instant
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    signal.pidfd_send_signal(pidfd, number)
 
     def end_zygote(self) -> None:
         """The zygote shall end with its last worker."""

@@ -61,6 +61,7 @@ class Zygote:
         self._brokers: set[int] = set()  # connections that have asked for a fork
         self._kept: dict[str, dict[str, int]] = {}  # VM → slot → fd
         self._workers: dict[int, str] = {}  # pid → VM
+        self._exits: dict[str, int] = {}  # VM → how its last worker ended, if not in order
         self._ending = False
         self._met_somebody = False
         self._spare = _open_spare()
@@ -162,6 +163,7 @@ class Zygote:
         self._kept[packet.vm][packet.slot] = fd
 
     def _drop(self, vm: str) -> None:
+        self._exits.pop(vm, None)
         for fd in self._kept.pop(vm, {}).values():
             os.close(fd)
 
@@ -199,7 +201,7 @@ class Zygote:
                     os.close(fd)
             for connection in (*self._connections.values(), self._listener, self._wake_read, self._wake_write):
                 connection.close()
-            code = run_worker(spec, mine)
+            code = run_worker(spec, mine, self._exits.get(spec.name))
             logging.shutdown()
         finally:
             os._exit(code)
@@ -214,6 +216,10 @@ class Zygote:
                 return
             vm = self._workers.pop(pid, "")
             code = os.waitstatus_to_exitcode(status)
+            if vm and code:
+                self._exits[vm] = code
+            else:
+                self._exits.pop(vm, None)
             if not vm or code:
                 log.info("%s %d ended with status %d", f"the worker of {vm}" if vm else "an orphan", pid, code)
             for fd in self._brokers & self._connections.keys():

@@ -37,7 +37,9 @@ MONITOR_ID: Final = "vmloop-monitor"
 AGENT_ID: Final = "vmloop-agent"
 
 Argument = Annotated[str, msgspec.Meta(max_length=65536)]
-HandlerName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$")]  # of a file in etc/handlers, without .py
+HandlerName = Annotated[
+    str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$")
+]  # of a file in etc/handlers, without .py
 
 
 class QemuSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

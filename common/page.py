@@ -120,6 +120,10 @@ class Page:
         self.words[Word.BUSY_SINCE] = time.monotonic_ns()
         self.words[Word.WAKEUPS] = (self.words[Word.WAKEUPS] + 1) & 0xFFFFFFFFFFFFFFFF
 
+    def doing(self, task: str) -> None:
+        """Name the step that follows, for whoever finds the loop held up in it, or the worker dead; "" when it is over."""
+        self._put_text(_TASK_AT, task)
+
     def idle(self) -> None:
         """Said by the loop right before it sleeps."""
         self.words[Word.BUSY_SINCE] = 0

@@ -104,6 +104,10 @@ class VmPaths:
         return self.run / "lock"
 
     @property
+    def stack(self) -> Path:
+        return self.run / "stack"
+
+    @property
     def definition(self) -> Path:
         return self.state / "vm.toml"
 

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Final
 
 import msgspec
+
+# Sent by the broker to a worker that is held up: it writes down where it is (worker/stack.py).
+STACK_SIGNAL: Final = signal.SIGUSR1
 
 _STARTTIME_FIELD: Final = 22  # /proc/PID/stat, counted from 1 (proc(5))
 _STATE_FIELD: Final = 3

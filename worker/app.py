@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
@@ -34,9 +34,12 @@ from .beginnings import resume
 from .events import EventLog
 from .keeper import Keeper
 from .link import Link
+from .loop import WorkerLoop
 from .order import Order
+from .predecessor import Predecessor
 from .qmp.commands import Done
 from .qmp.ledger import Owed
+from .stack import StackFile
 from .verbs.monitor import HmpArguments, QmpArguments
 from .verbs.request import Lane, Request, Verb, parse_arguments
 from .verbs.table import VERBS
@@ -58,12 +61,14 @@ class App:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: WorkerLoop,
         context: zmq.Context[zmq.Socket[bytes]],
         name: VmName,
         paths: Paths,
         settings: Settings,
         page: Page,
+        predecessor: Predecessor,
+        stack: StackFile,
     ) -> None:
         self.loop = loop
         self.name = name
@@ -72,6 +77,9 @@ class App:
         self.definition = _read_definition(self.paths)  # as it is on disk now; a run keeps the one it was started from
         self.forget = False  # the broker shall not know the VM any more
         self._page = page
+        self._predecessor = predecessor
+        self._stack = stack
+        self._on_cancel: dict[int, Callable[[], None]] = {}  # request → what to do when its caller is gone
         self._service = vm_service(name)
         self._answers = Answers()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,6 +107,7 @@ class App:
 
     async def run(self, kept: socket.socket | None) -> None:
         """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
+        self.loop.page_selector.on_blocked = self._on_blocked
         if self.vm.alive:
             self._tell_of_predecessor()
         self._page.words[Word.LEFT] = 0
@@ -139,10 +148,19 @@ class App:
                 task.cancel()
 
     def _tell_of_predecessor(self) -> None:
-        incarnation = self._page.words[Word.INCARNATION]
-        if incarnation > 1 and not self._page.words[Word.LEFT]:
-            self.events.emit("WORKER_LOST", {"incarnation": incarnation - 1})
-        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
+        before = self._predecessor
+        if before.died:
+            self.events.emit("WORKER_LOST", before.to_event())
+        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": self._page.words[Word.INCARNATION]})
+
+    def _on_blocked(self, seconds: float) -> None:
+        """The loop has been held up, and moves again. Called between two turns."""
+        task, stack = self._page.task(), self._stack.take()
+        log.error("VM %s: the loop was held up for %.1f s (%s)\n%s", self.name, seconds, task or "?", stack)
+        began = time.time_ns() // 1000 - int(seconds * 1e6)
+        data = {"seconds": round(seconds, 3), "task": task, "stack": stack}
+        self.loop.call_soon(lambda: self.events.emit("LOOP_BLOCKED", data, at=began))
+        self.loop.call_soon(lambda: self.events.emit("LOOP_RECOVERED", {"seconds": round(seconds, 3)}))
 
     # -- what comes from the broker -------------------------------------------------------------------------------------------
 
@@ -158,6 +176,8 @@ class App:
             self._keeper.keep_again()
         elif message.kind is Kind.CONTROL and message.op == "leave":
             self.leave()
+        elif message.kind is Kind.CONTROL and message.op == "cancel":
+            self._on_cancel.get(message.id, _nothing)()
         else:
             log.warning("the broker sent %s %r, which no worker takes", message.kind.name, message.op)
 
@@ -267,6 +287,15 @@ class App:
 
     # -- what goes to the broker ----------------------------------------------------------------------------------------------
 
+    def on_cancel(self, number: int, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` when the broker says that the caller of a request is gone; returns the function that ends this."""
+        self._on_cancel[number] = callback
+
+        def end() -> None:
+            self._on_cancel.pop(number, None)
+
+        return end
+
     def leave(self) -> None:
         """End this worker and leave the VM as it is (SIGTERM, or the broker's wish)."""
         self._ask_to_leave.set()
@@ -347,6 +376,7 @@ class App:
             "since": vm.since,
             "monitor": vm.monitor.state.value,
             "agent": "absent",
+            "stack_signal": True,
             "pid": vm.process.pid if vm.process is not None else None,
             "alive": vm.alive,
             "started": run.started if run is not None else None,
@@ -387,6 +417,10 @@ def _read_definition(paths: VmPaths) -> dict[str, Any] | None:
         return {}
     builtins: dict[str, Any] = msgspec.to_builtins(definition)
     return builtins
+
+
+def _nothing() -> None:
+    """For a request that goes on whether its caller is there or not: nearly all."""
 
 
 def _no_parts(_: object) -> None:

@@ -28,8 +28,11 @@ from ..common.process import identify
 from ..common.settings import Settings
 from ..common.zygote_wire import WorkerSpec
 from .app import App
-from .loop import new_loop
+from .loop import WorkerLoop
+from .memory import limit_memory
+from .predecessor import Predecessor
 from .runfile import remove_directory
+from .stack import StackFile
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +49,10 @@ class WorkerExit(IntEnum):
     LOCKED = 3  # another worker has this VM
 
 
-def run_worker(spec: WorkerSpec, kept: dict[str, int]) -> int:
+def run_worker(spec: WorkerSpec, kept: dict[str, int], last_exit: int | None = None) -> int:
     """Be the worker of one VM until there is nothing left to do. `kept`: slot → fd of connections that outlived earlier workers.
 
-    Returns the exit code. Never raises.
+    `last_exit`: how the worker before this one ended (negative: by that signal), if anybody knows. Returns the exit code. Never raises.
     """
     name = vm_name(spec.name)
     paths = Paths(Path(spec.run), Path(spec.state), Path(spec.etc))
@@ -63,14 +66,29 @@ def run_worker(spec: WorkerSpec, kept: dict[str, int]) -> int:
         if lock is None:
             log.error("VM %s: another worker holds %s", name, vm_paths.lock)
             return WorkerExit.LOCKED
-        return _serve(name, paths, spec.settings, _open_page(vm_paths), kept)
+        limit_memory(spec.settings.worker.memory_limit)
+        stack = StackFile(vm_paths.stack)
+        page, predecessor = _open_page(vm_paths, stack.left, last_exit)
+        stack.arm()
+        try:
+            return _serve(name, paths, spec.settings, page, kept, predecessor, stack)
+        finally:
+            stack.close()
     except Exception:  # the edge of the process: whatever it is, it is written down
         log.exception("VM %s: the worker failed", name)
         return WorkerExit.FAILED
 
 
-def _serve(name: VmName, paths: Paths, settings: Settings, page: Page, kept: dict[str, int]) -> int:
-    loop = new_loop(page)
+def _serve(
+    name: VmName,
+    paths: Paths,
+    settings: Settings,
+    page: Page,
+    kept: dict[str, int],
+    predecessor: Predecessor,
+    stack: StackFile,
+) -> int:
+    loop = WorkerLoop(page, settings.broker.blocked_after)
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_report)
     # Ctrl-C in a terminal is not for workers, and SIGTERM means the host is going down: QEMU's own end is awaited, not ours.
@@ -79,7 +97,7 @@ def _serve(name: VmName, paths: Paths, settings: Settings, page: Page, kept: dic
     monitor_fd = kept.pop("monitor", None)
     for fd in kept.values():
         os.close(fd)
-    app = App(loop, context, name, paths, settings, page)
+    app = App(loop, context, name, paths, settings, page, predecessor, stack)
     loop.add_signal_handler(signal.SIGTERM, app.leave)
     gc.freeze()
     try:
@@ -94,18 +112,30 @@ def _serve(name: VmName, paths: Paths, settings: Settings, page: Page, kept: dic
     return WorkerExit.DONE
 
 
-def _open_page(paths: VmPaths) -> Page:
-    """The VM's page, with this worker's identity on it. A damaged one is replaced: it holds nothing that cannot be asked again."""
+def _open_page(paths: VmPaths, stack: str, last_exit: int | None) -> tuple[Page, Predecessor]:
+    """The VM's page, with this worker's identity on it, and what it said of the worker before.
+
+    A damaged one is replaced: it holds nothing that cannot be asked again.
+    """
     try:
         page = Page(paths.page, writable=True)
     except PageDamaged as error:
         log.warning("%s; it is replaced", error)
         paths.page.unlink()
         page = Page(paths.page, writable=True)
+    predecessor = Predecessor(
+        incarnation=page.words[Word.INCARNATION],
+        in_order=bool(page.words[Word.LEFT]),
+        task=page.task(),
+        stack=stack,
+        exit=last_exit,
+    )
+    page.doing("")
+    page.busy()
     page.words[Word.WORKER_PID] = os.getpid()
     page.words[Word.WORKER_STARTED] = identify(os.getpid()).started
     page.words[Word.INCARNATION] += 1
-    return page
+    return page, predecessor
 
 
 def _lock(path: Path) -> int | None:

@@ -39,11 +39,19 @@ class FakeLooker:
     def __init__(self) -> None:
         self.blocked_for: dict[str, float] = {}
         self.processes: dict[int, dict[str, Any]] = {}
+        self.tasks: dict[str, str] = {}
+        self.stopped_pids: set[int] = set()
         self.looked_at: list[str | int] = []
 
     def blocked(self, name: VmName) -> float:
         self.looked_at.append(name)
         return self.blocked_for.get(name, 0.0)
+
+    def task(self, name: VmName) -> str:
+        return self.tasks.get(name, "")
+
+    def stopped(self, pid: int | None) -> bool:
+        return pid in self.stopped_pids
 
     def process(self, pid: int | None) -> dict[str, Any] | None:
         if pid is None:

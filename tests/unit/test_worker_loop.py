@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmloop.common.page import Page, Word
-from vmloop.worker.loop import new_loop
+from vmloop.worker.loop import WorkerLoop
 
 from ..fakes.raw_qmp import DEADLINE, until
 
@@ -24,7 +24,7 @@ class RunningLoop:
     def __init__(self, path: Path) -> None:
         self.page = Page(path, writable=True)
         self.looker = Page(path, writable=False)
-        self.loop = new_loop(self.page)
+        self.loop = WorkerLoop(self.page, 1.0)
         self._thread = threading.Thread(target=self.loop.run_forever, name="loop under test")
         self._thread.start()
 
@@ -131,7 +131,7 @@ def test_a_loop_that_is_busy_with_many_short_turns_is_not_blocked(running: Runni
 
 def test_it_is_asyncios_own_loop_in_everything_else(tmp_path: Path) -> None:
     with Page(tmp_path / "page", writable=True) as page:
-        loop = new_loop(page)
+        loop = WorkerLoop(page, 1.0)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
 

@@ -22,6 +22,7 @@ from ...common.definition import AGENT_ID, MONITOR_ID, SIMULATED, Definition
 from ...common.errors import LaunchFailed
 from ...common.paths import VmPaths, require_socket_path
 from ...common.process import Identity, ProcessGone, identify
+from ..memory import unlimited_children
 from .process import QemuProcess
 
 LOG_TAIL_BYTES: Final = 4096  # of qemu.log, shown with `launch-failed`
@@ -69,16 +70,17 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
         log = on_failure.enter_context(_open_log(paths.qemu_log, log_bytes))
         log.write(f"--- epoch {epoch}: {' '.join(argv)}\n".encode())
         try:
-            child = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=[fd for fd in (monitor_listener.fileno(), agent_fd) if fd is not None],
-                env={**os.environ, VM_VARIABLE: f"{paths.state}:{epoch}"},
-                cwd=paths.state,
-            )
+            with unlimited_children():
+                child = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    pass_fds=[fd for fd in (monitor_listener.fileno(), agent_fd) if fd is not None],
+                    env={**os.environ, VM_VARIABLE: f"{paths.state}:{epoch}"},
+                    cwd=paths.state,
+                )
         except OSError as error:
             raise LaunchFailed(f"cannot start {argv[0]}: {error.strerror}", log="") from error
         process = QemuProcess(_identity_of(child), child)
