@@ -19,7 +19,6 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from .. import __version__
 from ..common.definition import definition_from_toml
 from ..common.errors import BadRequest, DeadlineExceeded, Internal, NotRunning, TooLarge, VmloopError
 from ..common.names import VmName, vm_service
@@ -40,6 +39,7 @@ from .predecessor import Predecessor
 from .qmp.commands import Done
 from .qmp.ledger import Owed
 from .stack import StackFile
+from .status import status_of
 from .verbs.monitor import HmpArguments, QmpArguments
 from .verbs.request import Lane, Request, Verb, parse_arguments
 from .verbs.table import VERBS
@@ -47,7 +47,6 @@ from .vm import Vm
 
 log = logging.getLogger(__name__)
 
-PROTOCOL: Final = 1  # between broker and worker
 # A worker that was made for a request and got none: the broker that asked for it is gone.
 IDLE_SECONDS: Final = 10.0
 # Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
@@ -357,43 +356,14 @@ class App:
         return self._status(Kind.HELLO)
 
     def _status(self, kind: Kind) -> bytes:
-        """HELLO, STATUS and BYE carry the same map; docs/protocol.md lists it."""
-        vm = self.vm
-        run = vm.run
-        session = vm.session
-        body = {
-            "protocol": PROTOCOL,
-            "version": __version__,
-            "worker_pid": os.getpid(),
-            "worker_ticks": self._page.words[Word.WORKER_STARTED],
-            "worker_started": self._born,
-            "incarnation": self._page.words[Word.INCARNATION],
-            "inherited": self._inherited if kind is Kind.HELLO else [],
-            "forget": self.forget,
-            "defined": self.definition is not None,
-            "state": vm.state.state.value,
-            "reason": vm.state.reason,
-            "since": vm.since,
-            "monitor": vm.monitor.state.value,
-            "agent": "absent",
-            "stack_signal": True,
-            "pid": vm.process.pid if vm.process is not None else None,
-            "alive": vm.alive,
-            "started": run.started if run is not None else None,
-            "attached": run is not None and not run.launched and vm.alive,
-            "binary": run.binary if run is not None else None,
-            "argv": run.argv if run is not None else None,
-            "definition": self.definition,
-            "qmp": {
-                "version": run.qemu_version if run is not None else None,
-                "path": run.monitor if run is not None else None,
-                "oob": session.oob if session is not None else False,
-                "in_flight": session.in_flight if session is not None else 0,
-                "queued": session.queued if session is not None else 0,
-                "garbled": session.garbled if session is not None else 0,
-            },
-            "sent": time.time(),
-        }
+        body = status_of(
+            self.vm,
+            self._page,
+            definition=self.definition,
+            born=self._born,
+            forget=self.forget,
+            inherited=self._inherited if kind is Kind.HELLO else [],
+        )
         cursor = self.events.cursor
         return encode(Message(kind=kind, service=self._service, body=pack(body), epoch=cursor.epoch, seq=cursor.seq))
 

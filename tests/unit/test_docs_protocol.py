@@ -273,10 +273,10 @@ def test_every_event_of_vmloops_own_is_documented_and_no_other() -> None:
 
 def test_every_field_of_a_workers_status_is_documented_and_no_other() -> None:
     """The map is one literal in the worker."""
-    tree = ast.parse((ROOT / "worker" / "app.py").read_text())
-    (function,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_status"]
+    tree = ast.parse((ROOT / "worker" / "status.py").read_text())
+    (function,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "status_of"]
     (body,) = [
-        node.value for node in function.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        node.value for node in function.body if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict)
     ]
     sent = [key.value for key in body.keys if isinstance(key, ast.Constant)]
     documented = named_in_tables(section(PROTOCOL, "## Between broker and worker"))
@@ -291,6 +291,12 @@ class NothingToSee:
 
     def blocked(self, name: VmName) -> float:
         return 0.0
+
+    def task(self, name: VmName) -> str:
+        return ""
+
+    def stopped(self, pid: int | None) -> bool:
+        return False
 
     def process(self, pid: int | None) -> dict[str, Any] | None:
         return None
