@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -148,3 +149,57 @@ def test_it_is_asyncios_own_loop_in_everything_else(tmp_path: Path) -> None:
             loop.close()
             ours.close()
             theirs.close()
+
+
+def test_a_turn_that_was_too_long_is_told_of_once_with_its_length(tmp_path: Path) -> None:
+    with Page(tmp_path / "page", writable=True) as page:
+        loop = WorkerLoop(page, 0.05)
+        told: list[float] = []
+        loop.page_selector.on_blocked = told.append
+
+        async def hold_up() -> None:
+            threading.Event().wait(0.08)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+
+        try:
+            loop.run_until_complete(hold_up())
+        finally:
+            loop.close()
+    assert len(told) == 1
+    assert 0.08 <= told[0] < DEADLINE
+
+
+def test_what_is_enqueued_when_that_is_told_runs_before_the_loop_sleeps(tmp_path: Path) -> None:
+    with Page(tmp_path / "page", writable=True) as page:
+        loop = WorkerLoop(page, 0.05)
+        heard = asyncio.Event()
+        loop.page_selector.on_blocked = lambda _: (loop.call_soon(heard.set), None)[1]
+
+        async def hold_up() -> None:
+            threading.Event().wait(0.08)
+            async with asyncio.timeout(DEADLINE):
+                await heard.wait()
+
+        try:
+            loop.run_until_complete(hold_up())
+        finally:
+            loop.close()
+
+
+def test_a_forked_child_never_gets_into_the_loop_again(tmp_path: Path) -> None:
+    with Page(tmp_path / "page", writable=True) as page:
+        loop = WorkerLoop(page, 1.0)
+        parent = os.getpid()
+        loop.page_selector.forked = lambda: os.getpid() != parent
+
+        async def fork() -> int:
+            child = os.fork()
+            await asyncio.sleep(0.01)  # a child would come out of this as a second worker
+            return child
+
+        child = loop.run_until_complete(fork())
+        if os.getpid() != parent:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        loop.close()
