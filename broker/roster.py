@@ -97,6 +97,7 @@ class VmEntry:
         return {
             **self.summary(now, blocked),
             **{name: self.status.get(name) for name in more},
+            "facts": self.status.get("facts") or {},
             "incarnation": self.incarnation,
             "restarts": self.restarts,
         }
