@@ -6,8 +6,9 @@
         print(host.vm("web1").qmp("query-status"))
 
 Reading order: requests (every operation, typed), calls (what is in flight, no sockets), lane (one socket of the blocking client),
-session and vm (what users call), stream (the order of events, no sockets) and subscription, aio and aio_events (the same names for
-asyncio), results, endpoint.
+session and vm (what users call), steps (conversations of several requests, no sockets) with guest_exec, guest_files, guest_freeze and
+guest_answers, stream (the order of events, no sockets) and subscription, aio, aio_vm and aio_events (the same names for asyncio), results,
+endpoint.
 """
 
 from typing import TYPE_CHECKING

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
@@ -209,6 +209,17 @@ class Host:
                 if call.finished:
                     call.result()
                     return
+                await self._progress(call)
+
+    async def answer_in_parts(self, request: Request[Any], on_part: Callable[[Any], None]) -> Answer:
+        """The reply that ends an answer in several parts; `on_part` is called with each of these as it comes."""
+        call = new_call(request, self._timeout, streaming=True)
+        async with self._in_flight(call):
+            while True:
+                while call.parts:
+                    on_part(call.parts.popleft())
+                if call.finished:
+                    return call.result()
                 await self._progress(call)
 
     async def ask(self, request: Request[T]) -> T:

@@ -22,10 +22,22 @@ T = TypeVar("T")
 # A stop is given so much longer than the operation's own timeout: to kill QEMU, to reap it and to say so.
 STOP_MARGIN: Final = 5.0
 
+# Seconds for a program in the guest to end.
+EXEC_TIMEOUT: Final = 60.0
+
+# A hold on frozen file systems is given so much longer than its limit: to freeze them and to thaw them.
+FREEZE_MARGIN: Final = 60.0
+MAX_HOLD: Final = 3600.0  # seconds; the wire's limit for any request
+
 # QMP commands that change nothing, beside query-*. They may be sent twice.
 READING_COMMANDS: Final = frozenset(
     {"qom-get", "qom-list", "qom-list-types", "qom-list-properties", "device-list-properties"}
 )
+
+# Commands of the guest agent that change nothing, beside guest-get-*, guest-*-get-* and guest-*-status.
+READING_AGENT_COMMANDS: Final = frozenset({"guest-ping", "guest-info", "guest-sync", "guest-sync-delimited"})
+# The agent forgets a process, with its output, once it has told that it ended: a second answer would be another one.
+TELLS_ONCE: Final = "guest-exec-status"
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
@@ -143,6 +155,52 @@ def qmp(
 
 def hmp(service: str, line: str, timeout: float | None) -> Request[str]:
     return Request(service, "hmp", {"line": line}, str, timeout)
+
+
+def agent(
+    service: str,
+    command: str,
+    arguments: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+    reading: bool | None = None,
+    key: bytes | None = None,
+    limit: float | None = None,
+) -> Request[Any]:
+    """A command for the guest agent. `reading` None: as the command's name says. `limit`: of a freeze, seconds until it is thawed."""
+    body: dict[str, Any] = {"command": command}
+    if arguments:
+        body["arguments"] = arguments
+    if limit is not None:
+        body["limit"] = limit
+    if reading is None:
+        reading = only_looks(command)
+    return Request(service, "agent", body, plain, timeout, reading, key)
+
+
+def only_looks(command: str) -> bool:
+    """Whether a command of the guest agent changes nothing, by its name."""
+    if command in READING_AGENT_COMMANDS:
+        return True
+    return command.startswith("guest-") and (
+        "-get-" in command or (command.endswith("-status") and command != TELLS_ONCE)
+    )
+
+
+def freeze(service: str, limit: float | None) -> Request[Any]:
+    """Freeze the guest's file systems and hold them; asked for as a stream. `limit` None: the definition's.
+
+    Without a key: a hold that was lost with its broker has been thawed, and its first answer is of no use to a repeat.
+    """
+    body: dict[str, Any] = {"command": "guest-fsfreeze-freeze", "hold": True}
+    if limit is not None:
+        body["limit"] = limit
+    timeout = MAX_HOLD if limit is None else limit + FREEZE_MARGIN
+    return Request(service, "agent", body, plain, timeout, key=b"")
+
+
+def thaw(service: str) -> Request[Any]:
+    """End a hold; how many file systems were frozen until then."""
+    return agent(service, "guest-fsfreeze-thaw")
 
 
 def events(service: str, since: str, limit: int) -> Request[Any]:

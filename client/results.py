@@ -83,6 +83,7 @@ class VmDetails(VmSummary, frozen=True):
     started: float | None = None
     worker_started: float | None = None
     incarnation: int | str | None = None
+    facts: dict[str, Any] | None = {}  # what handlers have found out about this run, jobs among it
 
 
 class ProcessFigures(msgspec.Struct, frozen=True):

@@ -10,8 +10,9 @@ harder to get right.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
@@ -173,6 +174,21 @@ class Host:
         finally:
             self._give_lane(lane)
         return answer.value
+
+    def answer_in_parts(self, request: Request[Any], on_part: Callable[[Any], None]) -> Answer:
+        """The reply that ends an answer in several parts; `on_part` is called with each of these as it comes."""
+        lane = self._take_lane()
+        try:
+            with contextlib.closing(lane.ask_streaming(request, self._timeout)) as parts:
+                while True:
+                    try:
+                        part = next(parts)
+                    except StopIteration as end:
+                        answer: Answer = end.value
+                        return answer
+                    on_part(part)
+        finally:
+            self._give_lane(lane)
 
     def call_many(
         self, many: Iterable[Request[Any]], in_flight: int = IN_FLIGHT

@@ -31,6 +31,7 @@ from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode
 from .answers import Answers
 from .beginnings import resume
 from .events import EventLog
+from .handling import Handling
 from .keeper import Keeper
 from .link import Link
 from .loop import WorkerLoop
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS: Final = 10.0
 # Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
 LAST_ANSWERS_SECONDS: Final = 2.0
+# The handlers of a run's last events, VM_STATE shutoff among them, have so long: then the VM may be started again.
+LAST_HANDLERS_SECONDS: Final = 5.0
 # Verbs keep the deadline themselves, and know what they waited for; this much later they are ended.
 VERB_GRACE: Final = 0.1
 
@@ -100,6 +103,7 @@ class App:
             self._status_soon,
             self._inherit,
         )
+        self.handling = Handling(self.vm, page, paths.etc, self._make_way)
         self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
@@ -111,11 +115,15 @@ class App:
             self._tell_of_predecessor()
         self._page.words[Word.LEFT] = 0
         if self.vm.alive:
-            resume(self.vm, kept)
+            resume(self.vm, self.handling, kept, self._predecessor)
         elif kept is not None:
             kept.close()
         await self._until_over()
         await self._answer_last()
+        if self.vm.alive:
+            await self.handling.leave()
+        else:
+            await self.handling.end(LAST_HANDLERS_SECONDS)
         self._page.words[Word.LEFT] = 1
         self._page.idle()
         if self.definition is None and self.vm.run is None:
@@ -299,8 +307,17 @@ class App:
         """End this worker and leave the VM as it is (SIGTERM, or the broker's wish)."""
         self._ask_to_leave.set()
 
+    def _make_way(self, why: str) -> None:
+        log.error("VM %s: this worker makes way for another one: %s", self.name, why)
+        self.leave()
+
     def log_info(self, text: str) -> None:
         log.info("VM %s: %s", self.name, text)
+
+    def private_fds(self) -> list[int]:
+        """What a child that a handler forks must not keep: it would hold the connections open, or read what is not for it."""
+        sockets = (self.vm.session, self.vm.agent, self._keeper)
+        return [fd for source in sockets if source is not None and (fd := source.fileno()) >= 0] + self._link.filenos()
 
     def send_status(self) -> None:
         """Tell the broker what is known of the VM now."""

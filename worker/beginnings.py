@@ -10,13 +10,16 @@ import logging
 import os
 import socket
 import time
+from typing import Final
 
 import msgspec
 
-from ..common.definition import Definition
-from ..common.errors import AlreadyRunning, DeadlineExceeded, LaunchFailed, VmloopError
+from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
+from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
 from ..common.process import NotTheProcess, ProcessGone
 from ..common.states import VmState
+from .handling import Handling
+from .predecessor import Predecessor
 from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail
 from .qemu.process import QemuProcess
@@ -26,9 +29,11 @@ from .vm import END_GRACE, Fact, Vm
 
 log = logging.getLogger(__name__)
 
+AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the agent's port
 
-async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float) -> None:
-    """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`; then the VM is shut off."""
+
+async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: bool, deadline: float) -> None:
+    """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off."""
     _refuse_second_run(vm)
     migrates_in = "-incoming" in definition.qemu.args
     wanted_stopped = paused or "-S" in definition.qemu.args
@@ -45,6 +50,7 @@ async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float
     )
     try:
         vm.save(run)
+        handling.begin(definition)
         launched = launch(definition, vm.paths, epoch, stopped=not migrates_in, log_bytes=vm.settings.log_bytes)
     except OSError as error:
         vm.settle(Move(VmState.SHUTOFF, "failed"), f"{error}")
@@ -55,7 +61,9 @@ async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float
     vm.hold(launched.process)
     try:
         vm.save(msgspec.structs.replace(run, process=launched.process.identity, argv=launched.argv))
+        vm.agent.begin(run.agent, definition.agent, AGENT_PORT)
         await vm.bring_up(launched.monitor, min(deadline, vm.loop.time() + vm.settings.launch))
+        await handling.prepare()
         if not wanted_stopped and not migrates_in:
             vm.intent = "booted"
             await vm.require_session().execute("cont", seconds=deadline - vm.loop.time(), reading=False)
@@ -64,7 +72,7 @@ async def start(vm: Vm, definition: Definition, *, paused: bool, deadline: float
     vm.intent = ""
 
 
-async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
+async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
     """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
     _refuse_alive(vm)
     connection = connect_monitor(qmp)
@@ -89,7 +97,9 @@ async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadli
     )
     if found.process is not None:
         vm.hold(found.process)
+    vm.agent.begin(agent, AgentSection(enabled=agent is not None), None)
     try:
+        handling.begin(None)
         await vm.bring_up(connection, min(deadline, vm.loop.time() + vm.settings.launch))
     except VmloopError as error:
         vm.let_go()
@@ -97,10 +107,15 @@ async def attach(vm: Vm, qmp: str, agent: str | None, pid: int | None, *, deadli
         raise
 
 
-def resume(vm: Vm, kept: socket.socket | None) -> None:
+def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: Predecessor) -> None:
     """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
     run = vm.run
     assert run is not None
+    definition = _definition_of(run)
+    handling.begin(definition, predecessor)
+    section = definition.agent if definition is not None else AgentSection(enabled=run.agent is not None)
+    port = AGENT_PORT if run.launched else None
+    vm.agent.begin(run.agent, section, port, taken_over=True)
     if kept is not None and vm.page_lost:
         vm.give_up_connection(kept)
         kept = None
@@ -114,6 +129,17 @@ def resume(vm: Vm, kept: socket.socket | None) -> None:
         vm.take_over(kept, run)
     else:
         vm.seek_monitor()
+
+
+def _definition_of(run: Run) -> Definition | None:
+    """What the run was started from; None if it was attached, or by a vmloop whose definitions this one does not understand."""
+    if run.definition is None:
+        return None
+    try:
+        return definition_from_mapping(run.definition, f"run {run.epoch}")
+    except ConfigError as error:
+        log.error("the definition that the run was started from is not understood: %s", error)
+        return None
 
 
 def _refuse_alive(vm: Vm) -> None:

@@ -28,6 +28,7 @@ from ..common.process import identify
 from ..common.settings import Settings
 from ..common.zygote_wire import WorkerSpec
 from .app import App
+from .handlers.forks import forked, guard_forks
 from .loop import WorkerLoop
 from .memory import limit_memory
 from .predecessor import Predecessor
@@ -71,7 +72,7 @@ def run_worker(spec: WorkerSpec, kept: dict[str, int], last_exit: int | None = N
         page, predecessor = _open_page(vm_paths, stack.left, last_exit)
         stack.arm()
         try:
-            return _serve(name, paths, spec.settings, page, kept, predecessor, stack)
+            return _serve(name, paths, spec.settings, page, kept, predecessor, stack, lock)
         finally:
             stack.close()
     except Exception:  # the edge of the process: whatever it is, it is written down
@@ -87,6 +88,7 @@ def _serve(
     kept: dict[str, int],
     predecessor: Predecessor,
     stack: StackFile,
+    lock: int,
 ) -> int:
     loop = WorkerLoop(page, settings.broker.blocked_after)
     asyncio.set_event_loop(loop)
@@ -99,6 +101,8 @@ def _serve(
         os.close(fd)
     app = App(loop, context, name, paths, settings, page, predecessor, stack)
     loop.add_signal_handler(signal.SIGTERM, app.leave)
+    loop.page_selector.forked = forked
+    guard_forks(lambda: (lock, loop.page_selector.fileno(), *app.private_fds()))
     gc.freeze()
     try:
         loop.run_until_complete(app.run(socket.socket(fileno=monitor_fd) if monitor_fd is not None else None))

@@ -54,6 +54,10 @@ class Keeper:
         except OSError as error:
             log.warning("the zygote could not be told to drop the connections: %s", error)
 
+    def fileno(self) -> int:
+        """The fd of the connection to the zygote; -1 without one."""
+        return self._connection.fileno() if self._connection is not None else -1
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()

@@ -79,6 +79,10 @@ class Link:
             if self.dropped == 1 or self.dropped % 1000 == 0:
                 log.warning("the broker is away and the outbox is full: %d messages dropped so far", self.dropped)
 
+    def filenos(self) -> list[int]:
+        """The fds on which ZeroMQ tells its news."""
+        return [] if self._closed else [edge_fd(self._socket), edge_fd(self._watch)]
+
     def close(self) -> None:
         """Stop; what was sent still leaves within the socket's linger."""
         self._closed = True

@@ -35,7 +35,7 @@ def status_of(
         "reason": vm.state.reason,
         "since": vm.since,
         "monitor": vm.monitor.state.value,
-        "agent": "absent",
+        "agent": vm.agent.state.state.value,
         "pid": vm.process.pid if vm.process is not None else None,
         "alive": vm.alive,
         "started": run.started if run is not None else None,
@@ -51,5 +51,6 @@ def status_of(
             "queued": session.queued if session is not None else 0,
             "garbled": session.garbled if session is not None else 0,
         },
+        "facts": vm.facts,
         "sent": time.time(),
     }

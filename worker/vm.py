@@ -34,6 +34,7 @@ from ..common.page import Page, Word
 from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
+from .agent.agent import GuestAgent
 from .events import EventLog
 from .keeper import Keeper
 from .qemu.adopt import connect_monitor, is_refused
@@ -95,12 +96,15 @@ class Vm:
         self.session: QmpSession | None = None
         self.process: QemuProcess | None = None
         self.intent = ""  # the reason that the next state change has, set by who asks for it
+        self.agent = GuestAgent(loop, name, events, page, settings, on_status)
+        self.facts: dict[str, Any] = {}  # what handlers have found out about the run (worker/handlers)
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
         self._page = page
         self._keeper = keeper
         self._on_status = on_status
         self._inherit = inherit
         self._ending = False
+        self._killed_for = ""  # the reason of a kill that is not the operator's
         self._lost_at: float | None = None  # when the connection ended; None if that was an earlier worker's
         self._reconnecting: asyncio.Task[None] | None = None
         self._waiters: list[Callable[[], None]] = []
@@ -180,6 +184,7 @@ class Vm:
         self.events.begin_epoch(epoch)
         self._page.words[Word.FACTS] = 0
         self._page.words[Word.QMP_ID] = 0
+        self._page.words[Word.FROZEN_UNTIL] = 0
         self._ending = False
         incarnation = self._page.words[Word.INCARNATION]
         self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
@@ -221,6 +226,22 @@ class Vm:
         self.note(Fact.STARTED)
         if self.state.can(move.state):
             self.state.move(move.state, move.reason)
+        self.look_at_agent()
+
+    def look_at_agent(self) -> None:
+        """Find out by query-chardev whether the guest has the agent's port open."""
+        self.agent.look(self._query_chardevs)
+
+    def set_fact(self, name: str, value: Any) -> None:
+        """Note what a handler has found out about this run; None removes it."""
+        if value is None:
+            self.facts.pop(name, None)
+        else:
+            self.facts[name] = value
+        self._on_status()
+
+    async def _query_chardevs(self) -> Any:
+        return await self.require_session().execute("query-chardev", seconds=self.settings.launch)
 
     def _open_session(self, connection: socket.socket) -> QmpSession:
         reader = LineReader(connection, self._page, self.paths, self.events, self.settings.max_reply)
@@ -237,6 +258,7 @@ class Vm:
         session = self._open_session(connection)
         session.take_over(oob=run.oob, answer=self._inherit)
         self._keeper.keep("monitor", connection.fileno())
+        self.look_at_agent()
 
     def give_up_connection(self, connection: socket.socket) -> None:
         """A kept connection of which nobody knows how far it was read: end it everywhere, so that QEMU takes a new one."""
@@ -281,6 +303,7 @@ class Vm:
         move = of_event(self.state.state, name, data, self.intent)
         if move is not None and self.state.can(move.state):
             self.state.move(move.state, move.reason)
+        self.agent.on_qmp_event(name, data)
 
     def on_monitor_state(self, state: MonitorState, reason: str) -> None:
         if self.monitor.can(state):
@@ -330,11 +353,15 @@ class Vm:
 
     exit_text = ""
 
-    def kill(self) -> None:
-        """SIGKILL through the pidfd. Raises `NotRunning` if no process is known that is surely this VM's."""
+    def kill(self, reason: str = "") -> None:
+        """SIGKILL through the pidfd. Raises `NotRunning` if no process is known that is surely this VM's.
+
+        `reason`: of the end that follows, if it is not "destroyed".
+        """
         if self.process is None or self.run is None or not self.run.may_kill:
             raise NotRunning(f"VM {self.name}: vmloop knows no process that is surely this VM's")
         self.note(Fact.KILLED)
+        self._killed_for = reason
         self.process.kill()
 
     def finish(self, why: str, reason: str = "") -> None:
@@ -352,13 +379,15 @@ class Vm:
             self.exit_text = describe_exit(self.process.status())
         killed, started = self.fact(Fact.KILLED), self.fact(Fact.STARTED)
         move = of_end(killed=killed, started=started, shutdown_seen=self.fact(Fact.SHUTDOWN_SEEN))
-        self.settle(Move(move.state, reason or move.reason), why or f"QEMU {self.exit_text}")
+        reason = reason or (self._killed_for if killed else "") or move.reason
+        self.settle(Move(move.state, reason), why or f"QEMU {self.exit_text}")
 
     def settle(self, move: Move, detail: str) -> None:
         """Write down and publish the final state, and release what the run had."""
         if self.process is not None:
             self.process.close()
             self.process = None
+        self.agent.close("the VM is shut off")
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
@@ -384,6 +413,7 @@ class Vm:
         self._changed()
 
     def let_go(self) -> None:
+        self.agent.close("detached")
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._drop_session("detached")
@@ -401,6 +431,7 @@ class Vm:
 
     def leave(self) -> None:
         """The worker ends and the VM runs on: everything stays as it is for the next worker."""
+        self.agent.close("the worker ends", over=False)
         if self._reconnecting is not None:
             self._reconnecting.cancel()
 

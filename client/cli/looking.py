@@ -13,6 +13,7 @@ from ...common.names import vm_name, vm_service
 from ...common.states import VmState
 from ..results import ProcessFigures, VmStats, VmSummary, typed
 from .base import MAX_TIMEOUT, Invocation, Seconds, verb, vm_argument, vms_argument
+from .output import to_json
 
 _TIMES: Final = frozenset({"since", "started", "worker_started"})
 
@@ -94,7 +95,8 @@ def _facts(value: Any, prefix: str = "") -> dict[str, str]:
         if isinstance(item, dict):
             facts |= _facts(item, f"{name}.")
         elif isinstance(item, list):
-            facts[name] = shlex.join(map(str, item))
+            nested = any(isinstance(part, dict | list) for part in item)
+            facts[name] = to_json(item) if nested else shlex.join(map(str, item))
         elif key in _TIMES and isinstance(item, int | float):
             facts[name] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(item))
         else:

@@ -43,6 +43,8 @@ FAMILY: Final = {
     "events": "event_stream",
     "qmp": "monitor",
     "hmp": "monitor",
+    "agent": "agent",
+    "cp": "cp",
     "simulate": "simulation",
     "completion": "shells",
 }

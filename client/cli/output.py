@@ -53,6 +53,10 @@ class Output:
         """A line of text; with --json use `result` instead."""
         click.echo(printable(text))
 
+    def aside(self, text: str) -> None:
+        """A line for people beside the result, on standard error."""
+        click.echo(printable(f"vmloop: {text}"), err=True)
+
     def result(self, value: object, plain: Callable[[], None]) -> None:
         """A command's result: itself as JSON, or what `plain` prints."""
         if self.as_json:
@@ -89,10 +93,24 @@ class Output:
         del what
         return nullcontext()
 
+    def live(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Around something that lasts; what it gives is called with the line to show from now on."""
+        del text
+        return nullcontext(_nobody_looks)
+
+    def transfer(self, what: str) -> AbstractContextManager[Callable[[int, int | None], None]]:
+        """Around the passing of bytes; what it gives is called with those done and those in all (None: not known)."""
+        del what
+        return nullcontext(_nobody_looks)
+
     def progress(self, what: str, total: int) -> AbstractContextManager[Progress]:
         """Around something that comes in steps; call `advance` of what it gives."""
         del what, total
         return nullcontext(NoProgress())
+
+
+def _nobody_looks(*_: object) -> None:
+    return
 
 
 class NoProgress:

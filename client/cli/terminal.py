@@ -90,6 +90,12 @@ class TerminalOutput(Output):
     def progress(self, what: str, total: int) -> AbstractContextManager[Progress]:
         return _bar(self._console(stderr=True), what, total) if sys.stderr.isatty() else nullcontext(NoProgress())
 
+    def live(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        return _status(self._console(stderr=True), text) if sys.stderr.isatty() else super().live(text)
+
+    def transfer(self, what: str) -> AbstractContextManager[Callable[[int, int | None], None]]:
+        return _transfer(self._console(stderr=True), what) if sys.stderr.isatty() else super().transfer(what)
+
     def _console(self, stderr: bool = False) -> Console:
         from rich.console import Console
 
@@ -133,3 +139,28 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Progress]:
                 progress.advance(task)
 
         yield Bar()
+
+
+@contextmanager
+def _status(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    from rich.text import Text
+
+    with console.status(Text(one_line(text))) as status:
+        yield lambda text: status.update(Text(one_line(text)))
+
+
+@contextmanager
+def _transfer(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(one_line(what), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 
-from vmloop.tests.bench.measures import ALL, Row
+from vmloop.tests.bench.measures import ALL
+from vmloop.tests.bench.row import Row
 from vmloop.tests.system.site import Site
 
 

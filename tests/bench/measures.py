@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from vmloop.client import requests
 from vmloop.client.requests import Request
@@ -23,20 +22,14 @@ from vmloop.client.results import VmStarted
 from vmloop.client.session import Host
 from vmloop.common.errors import VmloopError
 from vmloop.common.names import vm_name, vm_service
+from vmloop.tests.bench.containment import contained_real, contained_simulated
 from vmloop.tests.bench.load import BareMonitor
+from vmloop.tests.bench.row import Row
 from vmloop.tests.system.site import Site, signal_process, wait_for
 
 ROUNDS = 20  # turns of raw and vmloop
 PER_ROUND = 150  # commands in each
 LOAD_SECONDS = 3.0
-
-
-class Row(NamedTuple):
-    """One line of the table. `limit` is what the design asks for, if it asks."""
-
-    what: str
-    figure: str
-    limit: str = ""
 
 
 def round_trip(site: Site, host: Host) -> list[Row]:
@@ -184,6 +177,8 @@ ALL: list[Callable[[Site, Host], list[Row]]] = [
     worker_killed,
     many,
     list_command,
+    contained_real,
+    contained_simulated,
 ]
 
 

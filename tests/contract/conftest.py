@@ -38,3 +38,11 @@ def agent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     subject.start()
     yield subject
     subject.stop()
+
+
+@pytest.fixture(params=_AGENTS)
+def unstarted_agent(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AgentSubject]:
+    """An agent that the test starts itself, as it wants it."""
+    subject = AGENTS[request.param](tmp_path)
+    yield subject
+    subject.stop()

@@ -27,6 +27,16 @@ BLOCKED_ID: Final = "blocked"  # the id of the command that a blocked VM hangs i
 
 # cli; mov dx, 0x604; mov ax, 0x2000; out dx, ax; hlt: the whole guest. It switches a q35 off through its ACPI port.
 SWITCH_OFF: Final = bytes.fromhex("fa ba0406 b80020 ef f4")
+
+# The same with another port and value: what the guest does, QEMU's arguments for it, and the word of x-simulate for it.
+DEEDS: Final[dict[str, tuple[bytes, tuple[str, ...]]]] = {
+    "switch_off": (SWITCH_OFF, ()),
+    "suspend": (bytes.fromhex("fa ba0406 b80024 ef f4"), ()),
+    "hibernate": (bytes.fromhex("fa ba0406 b80028 ef f4"), ()),
+    "panic": (bytes.fromhex("fa ba0505 b001 ee f4"), ("-device", "pvpanic")),
+    "crashloaded": (bytes.fromhex("fa ba0505 b002 ee f4"), ("-device", "pvpanic")),
+    "watchdog": (bytes.fromhex("fa ba4304 b00f ee f4"), ("-device", "ib700")),  # no seconds until it fires
+}
 SECTOR: Final = 512
 DISK_BYTES: Final = 1 << 20
 
@@ -105,6 +115,14 @@ class Subject(ABC):
         """Let that guest run; returns once the RESUME event has come."""
 
     @abstractmethod
+    def start_for(self, deed: str, *extra: str) -> None:
+        """Launch it with a guest that does one of DEEDS once it runs."""
+
+    @abstractmethod
+    def run_for(self, deed: str, client: RawClient) -> None:
+        """Let that guest run; returns once the RESUME event has come."""
+
+    @abstractmethod
     def block(self, client: RawClient) -> None:
         """Make the main loop hang in a command whose id is BLOCKED_ID."""
 
@@ -120,11 +138,18 @@ class RealQemu(Subject):
         return [require_binary(QEMU), *MACHINE]
 
     def start_self_stopping(self, *extra: str) -> None:
-        disk = self.directory / "disk.img"
-        disk.write_bytes((SWITCH_OFF.ljust(SECTOR - 2, b"\0") + b"\x55\xaa").ljust(DISK_BYTES, b"\0"))
-        self.start("-drive", f"file={disk},format=raw,if=ide", *extra)
+        self.start_for("switch_off", *extra)
 
     def run_to_the_end(self, client: RawClient) -> None:
+        self.run_for("switch_off", client)
+
+    def start_for(self, deed: str, *extra: str) -> None:
+        code, devices = DEEDS[deed]
+        disk = self.directory / "disk.img"
+        disk.write_bytes((code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa").ljust(DISK_BYTES, b"\0"))
+        self.start("-drive", f"file={disk},format=raw,if=ide", *devices, *extra)
+
+    def run_for(self, deed: str, client: RawClient) -> None:
         client.send({"execute": "cont"})
         client.event("RESUME")
 
@@ -159,6 +184,14 @@ class SimulatedQemu(Subject):
         client.event("POWERDOWN")
         client.send({"execute": "x-simulate", "arguments": {"ignore_powerdown": False, "powerdown_delay": 0}})
 
+    def start_for(self, deed: str, *extra: str) -> None:
+        self.start(*extra)
+
+    def run_for(self, deed: str, client: RawClient) -> None:
+        client.send({"execute": "cont"})
+        client.event("RESUME")
+        client.send({"execute": "x-simulate", "arguments": {deed: True}})
+
     def block(self, client: RawClient) -> None:
         client.send({"exec-oob": "x-simulate", "arguments": {"busy": True}, "id": "x-simulate"})
         client.reply("x-simulate")
@@ -172,10 +205,14 @@ MONITORS: Final[dict[str, type[Subject]]] = {"qemu": RealQemu, "simulated": Simu
 
 
 class AgentSubject(ABC):
-    """One agent behind a socket."""
+    """One agent behind a socket. What it has disabled, and whether it thinks its file systems frozen, is said beforehand."""
+
+    disabled: tuple[str, ...] = ()
+    frozen = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.scratch = str(directory)  # a directory of the agent's, for files
         self.path = directory / "agent.sock"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -191,14 +228,17 @@ class AgentSubject(ABC):
 
 
 class RealAgent(AgentSubject):
-    """qemu-ga on this machine; the tests ask it nothing that changes anything."""
+    """qemu-ga on this machine; the tests ask it nothing that changes anything but files below `scratch`."""
 
     def start(self) -> None:
+        if self.frozen:  # as an agent that was killed while its file systems were frozen; nothing is, really
+            (self.directory / "qga.state.isfrozen").touch()
         self.process = subprocess.Popen(
             [
                 require_binary("qemu-ga"),
                 *("--method=unix-listen", f"--path={self.path}"),
                 *("-f", str(self.directory / "qga.pid"), "--statedir", str(self.directory)),
+                *(("-b", ",".join(self.disabled)) if self.disabled else ()),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -217,12 +257,18 @@ class SimulatedAgent(AgentSubject):
     """The stand-in's agent, in a VM that runs."""
 
     def start(self) -> None:
+        faults = f"agent_disabled={'+'.join(self.disabled)}"
         self.process = subprocess.Popen(
-            [*SIMULATED, "--directory", str(self.directory), "--count", "1"], stdout=subprocess.PIPE
+            [*SIMULATED, "--directory", str(self.directory), "--count", "1", "--simulate", faults],
+            stdout=subprocess.PIPE,
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready 1\n"
         self.path = self.directory / "sim-000.qga"
+        self.scratch = "/tmp"
+        if self.frozen:
+            with RawClient(self.path) as client:
+                assert client.ask("guest-fsfreeze-freeze")["return"] > 0
 
 
 AGENTS: Final[dict[str, type[AgentSubject]]] = {"qemu-ga": RealAgent, "simulated": SimulatedAgent}

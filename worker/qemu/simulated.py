@@ -3,14 +3,14 @@
 
 Run by the worker for `binary = "simulated"` (`python -m vmloop.worker.qemu.simulated`, with QEMU's arguments), by tests and benchmarks
 (`--directory DIR --count N`), and imported by tests that want to see both ends. What it does is split over simulated_vm (the machine),
-simulated_monitor and simulated_commands (QMP), simulated_agent (QGA), simulated_faults (what can be wrong), simulated_port and
-simulated_json (sockets and JSON as QEMU treats them).
+simulated_monitor and simulated_commands (QMP), simulated_agent and simulated_guest (QGA), simulated_faults (what can be wrong),
+simulated_port and simulated_json (sockets and JSON as QEMU treats them).
 
     -S                                      start paused
     -chardev socket,id=ID,fd=N|path=P,…     a listening socket, inherited or made here
     -mon chardev=ID,mode=control            a monitor on it
     -device virtserialport,chardev=ID,name=org.qemu.guest_agent.0[,id=PORT]       the agent on it
-    -name NAME   -uuid UUID   -no-shutdown
+    -name NAME   -uuid UUID   -m MEGABYTES   -no-shutdown   -no-reboot   -action KEY=VALUE,…   -watchdog-action ACTION
     -simulate key=value,…                   faults (class Faults)
     -fail MESSAGE                           print it and exit with status 1, as a QEMU that cannot start
     anything else                           accepted and ignored
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import resource
 import signal
 import socket
@@ -35,10 +36,11 @@ import msgspec
 
 from ...common.definition import AGENT_ID, MONITOR_ID
 from .simulated_agent import AgentPort
-from .simulated_commands import Chardev
+from .simulated_dump import Dump
 from .simulated_faults import Faults, faults_from_text
 from .simulated_monitor import MonitorPort
-from .simulated_vm import NO_UUID, SimulatedVm
+from .simulated_table import Chardev, Jobs
+from .simulated_vm import MIB, NO_UUID, Actions, SimulatedVm
 
 __all__ = ["Faults", "SimulatedHost", "SimulatedVm", "listening", "main", "serve"]
 
@@ -67,8 +69,9 @@ def serve(
             lines.append(Chardev(agent[0], agent_port.address, agent_port.connected, vm.agent_open))
         return lines
 
+    dump, jobs = Dump(vm), Jobs()
     for label, listener in monitors.items():
-        monitor_ports[label] = MonitorPort(listener, vm, chardevs)
+        monitor_ports[label] = MonitorPort(listener, vm, chardevs, dump, jobs)
         vm.attach(monitor_ports[label])
     if agent_port is not None:
         vm.agent_port_id = agent_port_id
@@ -196,7 +199,8 @@ class Machine(msgspec.Struct):
     """What a QEMU command line says, as far as a simulated VM cares."""
 
     paused: bool = False
-    no_shutdown: bool = False
+    actions: Actions = Actions()
+    memory: int = 128 * MIB
     name: str = ""
     uuid: str = NO_UUID
     faults: Faults = Faults()
@@ -215,7 +219,9 @@ def machine_from_arguments(arguments: Sequence[str]) -> Machine:
         if option == "-S":
             machine.paused = True
         elif option == "-no-shutdown":
-            machine.no_shutdown = True
+            _action(machine, "shutdown=pause")
+        elif option == "-no-reboot":
+            _action(machine, "reboot=shutdown")
         elif option in _OPTIONS:
             _OPTIONS[option](machine, following)
     missing = [label for label in (*machine.monitors, machine.agent) if label and label not in machine.chardevs]
@@ -260,6 +266,24 @@ def _uuid(machine: Machine, text: str) -> None:
     machine.uuid = text
 
 
+def _action(machine: Machine, text: str) -> None:
+    try:
+        machine.actions = msgspec.convert({**msgspec.to_builtins(machine.actions), **_values(text)}, Actions)
+    except msgspec.ValidationError as error:
+        raise LaunchError(f"-action {text}: {error}") from None
+
+
+def _watchdog_action(machine: Machine, text: str) -> None:
+    _action(machine, f"watchdog={text}")
+
+
+def _memory(machine: Machine, text: str) -> None:
+    size = _values(text, "size").get("size", "")
+    number = re.fullmatch(r"([0-9]{1,7})([MG]?)", size.removesuffix("B"), re.ASCII)
+    if number is not None:
+        machine.memory = int(number[1]) * MIB * (1024 if number[2] == "G" else 1)
+
+
 def _simulate(machine: Machine, text: str) -> None:
     try:
         machine.faults = faults_from_text(text, machine.faults)
@@ -278,6 +302,9 @@ _OPTIONS: Final[dict[str, Callable[[Machine, str], None]]] = {
     "-device": _device,
     "-name": _name,
     "-uuid": _uuid,
+    "-m": _memory,
+    "-action": _action,
+    "-watchdog-action": _watchdog_action,
     "-simulate": _simulate,
     "-fail": _fail,
 }
@@ -305,7 +332,8 @@ async def _run_one(machine: Machine) -> int:
         machine.faults,
         paused=machine.paused,
         uuid=machine.uuid,
-        no_shutdown=machine.no_shutdown,
+        actions=machine.actions,
+        memory=machine.memory,
         on_end=lambda _vm, status: ended.set_result(status),
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest agent of a simulated VM: the protocol of qemu-ga on the other end of a virtio-serial port.
 
-Made by `simulated.serve`. Replies and error texts are those of qemu-ga 7.2 (tests/contract holds both to them). While the guest does
-not run, or before it has booted, what the host sends stays in the socket; once the agent has closed its port, it is thrown away.
+Made by `simulated.serve`; simulated_guest carries its commands out. While the guest does not run, or before it has booted, what the host
+sends stays in the socket; once the agent has closed its port, it is thrown away. Like the real one the agent waits while its output
+is not read, so that nothing piles up in it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections import deque
+from typing import Any, Final
 
+from .simulated_damage import garbled, padded
 from .simulated_faults import Faults
+from .simulated_guest import Guest
 from .simulated_json import Input, JsonStream, to_line
-from .simulated_monitor import garble
 from .simulated_port import Port
-from .simulated_requests import Argument, Refused, check_arguments, check_request, no_such_command
-from .simulated_vm import FLOOD_TICK, SimulatedVm
+from .simulated_requests import Refused, check_request
+from .simulated_vm import FLOOD_TICK, SimulatedVm, owed
 
-AGENT_VERSION: Final = "7.2.22"
-_MODES: Final = ("powerdown", "halt", "reboot")
-_QUIET: Final = frozenset({"guest-shutdown"})  # commands that answer nothing when they succeed
+MAX_LATE: Final = 256  # replies that are late at the same time; then nothing more is read
+
+_SYNCS: Final = ("guest-sync", "guest-sync-delimited")
+_FLOOD_LINE: Final = to_line({"return": 0}, b"\n")
 
 
 class AgentPort(Port):
@@ -31,9 +34,12 @@ class AgentPort(Port):
     def __init__(self, listener: socket.socket, vm: SimulatedVm) -> None:
         super().__init__(listener)
         self._vm = vm
+        self._guest = Guest(vm)
         self._stream = JsonStream()
-        self._timer: asyncio.TimerHandle | None = None
-        self._flood_timer: asyncio.TimerHandle | None = None
+        self._late: deque[tuple[float, bytes]] = deque()  # when due, and the line
+        self._working = False  # in the middle of one command no other is begun, whatever the first brings about
+        self._halved = False  # half a line was said, and nothing more is
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flooded_at = 0.0
 
     # -- what the client does --
@@ -46,10 +52,16 @@ class AgentPort(Port):
             self._stream.feed(data)
             self._work()
 
+    def drained(self) -> None:
+        """Go on with what waited for the host to read."""
+        self._work()
+
     # -- what the VM tells --
 
     def event(self, name: str, data: dict[str, Any] | None) -> None:  # noqa: ARG002 - Attachment has it
         """Follow the VM's state."""
+        if name == "RESET":
+            self._guest.restart()
         self.faults_changed(self._vm.faults)
 
     def faults_changed(self, faults: Faults) -> None:
@@ -57,165 +69,117 @@ class AgentPort(Port):
         self.freeze(faults.stuck)  # the main loop carries the bytes
         if not self._vm.agent_open:
             self._stream = JsonStream()
-        self.hold(not self._vm.running or not self._vm.agent_driver)
-        if faults.agent_flood and self._flood_timer is None:
+            self._late.clear()
+        self._halved = self._halved and faults.agent_half_line
+        if faults.agent_flood and "flood" not in self._timers:
             self._flooded_at = time.monotonic()
             self._flood()
+        self._say_late()
         self._work()
 
     def close(self) -> None:
         """The VM is gone."""
-        for timer in (self._timer, self._flood_timer):
-            if timer is not None:
-                timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         super().close()
 
     # -- requests --
 
+    @property
+    def _able(self) -> bool:
+        """Whether the agent can take its next command."""
+        goes = self._vm.running and not self._vm.faults.stuck and "slow" not in self._timers
+        return goes and not self.backed_up and len(self._late) < MAX_LATE
+
     def _work(self) -> None:
         """Answer what is complete, one request after another."""
-        while self._timer is None and self._vm.running and not self._vm.faults.stuck:
-            item = self._stream.take()
-            if item is None:
-                return
+        if self._working:
+            return
+        while self._able and (item := self._stream.take()) is not None:
             if self._vm.faults.agent_silent:
                 continue
             if self._vm.faults.agent_slow:
                 loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(self._vm.faults.agent_slow, self._waited, item)
-                return
-            self._respond(item)
+                self._timers["slow"] = loop.call_later(self._vm.faults.agent_slow, self._waited, item)
+            else:
+                self._respond(item)
+        # A closed port takes everything, and loses it.
+        self.hold(not (self._vm.agent_driver and self._vm.running and (self._able or not self._vm.agent_open)))
 
     def _waited(self, item: Input) -> None:
-        self._timer = None
-        if self._vm.agent_open:
+        del self._timers["slow"]
+        if self._vm.agent_open and self._vm.running:
             self._respond(item)
         self._work()
 
     def _respond(self, item: Input) -> None:
-        request = item.value
-        ids = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
+        self._working = True
+        try:
+            self._carry_out(item)
+        finally:
+            self._working = False
+
+    def _carry_out(self, item: Input) -> None:
+        request, faults = item.value, self._vm.faults
+        ids: dict[str, Any] = {}
+        if isinstance(request, dict) and "id" in request and not faults.agent_idless:
+            ids["id"] = request["id"]
         name = ""
         try:
             if item.error is not None:
                 raise Refused(item.error)
             name, _, arguments = check_request(request)
-            command = _COMMANDS.get(name)
-            if command is None:
-                raise no_such_command(name)
-            check_arguments(command.arguments, arguments)
-            value = command.run(self._vm, arguments)
+            value = self._guest.run(name, arguments)
         except Refused as error:
             self._send({**ids, "error": {"class": error.kind, "desc": error.desc}})
             return
-        if name not in _QUIET:
-            self._send({"return": value, **ids}, b"\xff" if name == "guest-sync-delimited" else b"")
+        if value is None:
+            return
+        if faults.agent_big_reply and name not in _SYNCS:
+            value = padded(value, faults.agent_big_reply)
+        self._send({"return": value, **ids}, b"\xff" if name == "guest-sync-delimited" else b"")
+
+    # -- replies --
 
     def _send(self, message: dict[str, Any], before: bytes = b"") -> None:
         line = before + to_line(message, b"\n")
         faults = self._vm.faults
         if faults.agent_garbled > 0:
             self._vm.change_faults(agent_garbled=faults.agent_garbled - 1)
-            line = garble(line, message, faults.garbled_kind)
-        self.write(line)
+            line = garbled(line, message, faults.garbled_kind, b"\n")
+        if faults.agent_half_line:
+            if not self._halved:
+                self._halved = True
+                self.write(line[: len(line) // 2])
+        elif faults.agent_late or self._late:
+            self._late.append((time.monotonic() + faults.agent_late, line))
+            self._say_late()
+        else:
+            self.write(line)
+
+    def _say_late(self) -> None:
+        """Say what is due, in order; all of it when the fault is over."""
+        timer = self._timers.pop("late", None)
+        if timer is not None:
+            timer.cancel()
+        if not self._late or not self._vm.running or self._vm.faults.stuck:
+            return
+        now = time.monotonic()
+        while self._late and (self._late[0][0] <= now or not self._vm.faults.agent_late):
+            self.write(self._late.popleft()[1])
+        if self._late:
+            self._timers["late"] = asyncio.get_running_loop().call_later(self._late[0][0] - now, self._late_due)
+
+    def _late_due(self) -> None:
+        self._say_late()
+        self._work()
 
     def _flood(self) -> None:
-        self._flood_timer = None
-        faults = self._vm.faults
-        now = time.monotonic()
-        count = int((now - self._flooded_at) * faults.agent_flood)
-        if count:
-            self._flooded_at = now
-        if self._vm.agent_open and self._vm.running and not faults.stuck:
-            self.write(to_line({"return": 0}, b"\n") * count)
-        if faults.agent_flood:
-            self._flood_timer = asyncio.get_running_loop().call_later(FLOOD_TICK, self._flood)
-
-
-# -- the commands --
-
-
-class _Command(NamedTuple):
-    run: Callable[[SimulatedVm, dict[str, Any]], Any]
-    arguments: tuple[Argument, ...] = ()
-
-
-def _sync(_vm: SimulatedVm, arguments: dict[str, Any]) -> Any:
-    return arguments["id"]
-
-
-def _ping(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return {}
-
-
-def _info(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return {
-        "version": AGENT_VERSION,
-        "supported_commands": [
-            {"enabled": True, "name": name, "success-response": name not in _QUIET} for name in reversed(_COMMANDS)
-        ],
-    }
-
-
-def _osinfo(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return {
-        "name": "Simulated GNU/Linux",
-        "kernel-release": "6.1.0",
-        "version": "12 (simulated)",
-        "pretty-name": "Simulated GNU/Linux 12",
-        "version-id": "12",
-        "kernel-version": "#1 SMP",
-        "machine": "x86_64",
-        "id": "simulated",
-    }
-
-
-def _time(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return time.time_ns()
-
-
-def _host_name(vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return {"host-name": vm.name or "localhost"}
-
-
-def _timezone(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return {"zone": "UTC", "offset": 0}
-
-
-def _interfaces(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    address = {"ip-address-type": "ipv4", "ip-address": "127.0.0.1", "prefix": 8}
-    return [{"name": "lo", "ip-addresses": [address], "hardware-address": "00:00:00:00:00:00"}]
-
-
-def _nothing_to_list(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return []
-
-
-def _freeze_status(_vm: SimulatedVm, _: dict[str, Any]) -> Any:
-    return "thawed"
-
-
-def _shutdown(vm: SimulatedVm, arguments: dict[str, Any]) -> Any:
-    mode = arguments.get("mode", "powerdown")
-    if mode not in _MODES:
-        raise Refused("mode is invalid (valid values are: halt|powerdown|reboot")  # the bracket is qemu-ga's own
-    if mode == "reboot":
-        vm.reset(guest=True, reason="guest-reset")
-    else:
-        vm.guest_shutdown()
-
-
-_COMMANDS: Final[dict[str, _Command]] = {
-    "guest-sync-delimited": _Command(_sync, (Argument("id", "integer"),)),
-    "guest-sync": _Command(_sync, (Argument("id", "integer"),)),
-    "guest-ping": _Command(_ping),
-    "guest-info": _Command(_info),
-    "guest-get-time": _Command(_time),
-    "guest-shutdown": _Command(_shutdown, (Argument("mode", optional=True),)),
-    "guest-get-osinfo": _Command(_osinfo),
-    "guest-get-host-name": _Command(_host_name),
-    "guest-get-timezone": _Command(_timezone),
-    "guest-get-users": _Command(_nothing_to_list),
-    "guest-network-get-interfaces": _Command(_interfaces),
-    "guest-fsfreeze-status": _Command(_freeze_status),
-}
+        self._timers.pop("flood", None)
+        rate = self._vm.faults.agent_flood
+        count, self._flooded_at = owed(rate, self._flooded_at)
+        if self._vm.agent_open and self._vm.running and not self._vm.faults.stuck and not self.backed_up:
+            self.write(_FLOOD_LINE * count)
+        if rate:
+            self._timers["flood"] = asyncio.get_running_loop().call_later(FLOOD_TICK, self._flood)

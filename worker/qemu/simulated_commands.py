@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The QMP commands of a simulated VM: one table, from name to arguments and function. Called by simulated_monitor.
 
+Here are the table itself and the commands that every client uses; simulated_machine has those about the machine, simulated_control the
+stand-in's own.
+
 Replies, error texts and the order of checks are those of QEMU 7.2 (tests/contract compares them). A function returns the value of
 `return`, or raises `Refused`.
 """
@@ -9,42 +12,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
-from .simulated_faults import changed
-from .simulated_fds import FdSets
+from . import simulated_machine
+from .simulated_control import x_simulate
 from .simulated_requests import Argument, Refused, check_arguments
-from .simulated_vm import EVENTS, SimulatedVm
+from .simulated_table import Chardev, Command, Monitor
+from .simulated_vm import EVENTS
 
 VERSION: Final[dict[str, Any]] = {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "vmloop-simulated"}
-
-
-class Chardev(NamedTuple):
-    """A line of query-chardev."""
-
-    label: str
-    address: str
-    connected: bool
-    frontend_open: bool
-
-
-class Monitor(msgspec.Struct):
-    """What commands may use of the monitor that they came through."""
-
-    vm: SimulatedVm
-    fds: FdSets
-    chardevs: Callable[[], list[Chardev]]
-
-
-class Command(NamedTuple):
-    """One command."""
-
-    run: Callable[[Monitor, dict[str, Any]], Any]
-    arguments: tuple[Argument, ...] = ()
-    oob: bool = False
-    anything: bool = False  # the arguments are checked by the command itself
 
 
 def run_command(name: str, monitor: Monitor, arguments: dict[str, Any]) -> Any:
@@ -125,7 +103,15 @@ def _query_schema(monitor: Monitor, _: dict[str, Any]) -> Any:
 
 
 _BUILTIN: Final = {"str": "string", "int": "int", "bool": "boolean"}
-_SCHEMA_NAMES: Final = {"string": "str", "integer": "int", "boolean": "bool", "array": "any", "object": "any"}
+_SCHEMA_NAMES: Final = {
+    "string": "str",
+    "integer": "int",
+    "boolean": "bool",
+    "array": "any",
+    "strings": "any",
+    "any": "any",
+    "object": "any",
+}
 
 
 def _members(command: Command) -> list[dict[str, Any]]:
@@ -148,11 +134,13 @@ def _padding(size: int) -> list[dict[str, Any]]:
 
 
 def _stop(monitor: Monitor, _: dict[str, Any]) -> Any:
+    monitor.dump.refuse_while_dumping()
     monitor.vm.stop()
     return {}
 
 
 def _cont(monitor: Monitor, _: dict[str, Any]) -> Any:
+    monitor.dump.refuse_while_dumping()
     if monitor.vm.status == "shutdown":
         raise Refused("Resetting the Virtual Machine is required")
     monitor.vm.cont()
@@ -167,10 +155,6 @@ def _system_reset(monitor: Monitor, _: dict[str, Any]) -> Any:
 def _system_powerdown(monitor: Monitor, _: dict[str, Any]) -> Any:
     monitor.vm.powerdown()
     return {}
-
-
-def _system_wakeup(_monitor: Monitor, _: dict[str, Any]) -> Any:
-    raise Refused("Unable to wake up: guest is not in suspended state")
 
 
 def _quit(monitor: Monitor, _: dict[str, Any]) -> Any:
@@ -304,44 +288,6 @@ _HUMAN: Final[dict[str, Callable[[Monitor], str]]] = {
 }
 
 
-# -- the stand-in's own --
-
-
-def _x_simulate(monitor: Monitor, arguments: dict[str, Any]) -> Any:
-    """Switch faults, for a time if `for` is given, and emit events. Returns the faults in force."""
-    changes = dict(arguments)
-    seconds = changes.pop("for", None)
-    event = changes.pop("emit", None)
-    count = changes.pop("count", 1)
-    before = monitor.vm.faults
-    try:
-        wanted = msgspec.convert({"emit": event, "count": count, "seconds": seconds}, _Once)
-        faults = changed(before, changes)
-    except msgspec.ValidationError as error:
-        raise Refused(str(error)) from None
-    if wanted.emit is not None:
-        for _ in range(wanted.count):
-            monitor.vm.emit(wanted.emit.event, wanted.emit.data)
-    if faults.frozen:
-        monitor.vm.freeze_soon(faults)
-    else:
-        monitor.vm.set_faults(faults)
-    if wanted.seconds is not None:
-        monitor.vm.after_a_while(wanted.seconds, before)
-    return msgspec.to_builtins(faults)
-
-
-class _Emitted(msgspec.Struct, forbid_unknown_fields=True):
-    event: str
-    data: dict[str, Any] | None = None
-
-
-class _Once(msgspec.Struct):
-    emit: _Emitted | None
-    count: int
-    seconds: float | None
-
-
 COMMANDS: Final[dict[str, Command]] = {
     "qmp_capabilities": Command(_qmp_capabilities, anything=True),
     "query-version": Command(_query_version),
@@ -356,13 +302,10 @@ COMMANDS: Final[dict[str, Command]] = {
     "query-fdsets": Command(_query_fdsets),
     "query-block": Command(_nothing_to_list),
     "query-blockstats": Command(_nothing_to_list),
-    "query-block-jobs": Command(_nothing_to_list),
-    "query-jobs": Command(_nothing_to_list),
     "stop": Command(_stop),
     "cont": Command(_cont),
     "system_reset": Command(_system_reset),
     "system_powerdown": Command(_system_powerdown),
-    "system_wakeup": Command(_system_wakeup),
     "quit": Command(_quit),
     "getfd": Command(_getfd, (Argument("fdname"),)),
     "closefd": Command(_closefd, (Argument("fdname"),)),
@@ -371,5 +314,6 @@ COMMANDS: Final[dict[str, Command]] = {
     "human-monitor-command": Command(
         _human_monitor_command, (Argument("command-line"), Argument("cpu-index", "integer", True))
     ),
-    "x-simulate": Command(_x_simulate, oob=True, anything=True),
+    **simulated_machine.COMMANDS,
+    "x-simulate": Command(x_simulate, oob=True, anything=True),
 }

@@ -7,7 +7,7 @@ the simulated monitor, agent and VM; each asks for the present value when it nee
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -23,7 +23,12 @@ GarbledKind = Literal[
     "binary",
     "deep",
     "twice",
+    "stray-ff",
+    "nested",
 ]
+
+# In text the names in a list stand with this between them: the comma is taken.
+_BETWEEN_NAMES: Final = "+"
 
 
 class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,12 +52,19 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ignore_powerdown: bool = False  # the guest does not react to the power button
     powerdown_delay: float = 0.05  # seconds that an obedient guest takes to shut down
     boot_delay: float = 0.0  # seconds of running until the guest's agent opens its port
-    # The agent.
+    dump_seconds: float = 0.0  # seconds that dump-guest-memory takes
+    # The agent. It stops when its output is not read, as the real one does: nothing of it piles up here.
     agent_silent: bool = False  # commands are swallowed
-    agent_garbled: int = 0  # this many next lines are damaged; counts down
-    agent_flood: float = 0.0  # lines per second that nobody asked for
-    agent_slow: float = 0.0  # seconds that each command takes
+    agent_garbled: int = 0  # this many next lines are damaged, as garbled_kind says; counts down
+    agent_flood: float = 0.0  # lines per second that nobody asked for, as far as they are read
+    agent_slow: float = 0.0  # seconds that each command takes; the next one waits
+    agent_late: float = 0.0  # seconds that each reply takes, while later commands are read and carried out
     agent_absent: bool = False  # the guest has its port closed
+    agent_flapping: float = 0.0  # times per second that the port is closed and opened again, each with its event
+    agent_idless: bool = False  # replies have no id, as from agents before 2.5
+    agent_big_reply: int = 0  # bytes added to the return value of each reply but those to a sync
+    agent_half_line: bool = False  # half of the next line is the last that is heard
+    agent_disabled: tuple[str, ...] = ()  # commands refused as disabled; in text `name+name`
 
     @property
     def stuck(self) -> bool:
@@ -63,6 +75,9 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def changed(faults: Faults, changes: dict[str, Any]) -> Faults:
     """The faults with some fields changed; `msgspec.ValidationError` for what is no fault or has the wrong type."""
     named = {name.replace("-", "_"): value for name, value in changes.items()}
+    disabled = named.get("agent_disabled")
+    if isinstance(disabled, str):
+        named["agent_disabled"] = [name for name in disabled.split(_BETWEEN_NAMES) if name]
     return msgspec.convert({**msgspec.structs.asdict(faults), **named}, Faults, strict=False)
 
 

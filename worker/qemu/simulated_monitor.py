@@ -14,12 +14,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from .simulated_commands import COMMANDS, VERSION, Chardev, Monitor, run_command, wants_oob
-from .simulated_faults import Faults, GarbledKind
+from .simulated_commands import COMMANDS, VERSION, run_command, wants_oob
+from .simulated_damage import garbled, padded
+from .simulated_dump import Dump
+from .simulated_faults import Faults
 from .simulated_fds import FdSets
 from .simulated_json import Input, JsonStream, to_line
 from .simulated_port import Port
 from .simulated_requests import Refused, check_request, no_such_command
+from .simulated_table import Chardev, Jobs, Monitor
 from .simulated_vm import FLOOD_EVENT, SimulatedVm
 
 QUEUE_LENGTH: Final = 8  # QEMU's QMP_REQ_QUEUE_LEN_MAX; the command being carried out is not counted
@@ -28,19 +31,25 @@ QUEUE_LENGTH: Final = 8  # QEMU's QMP_REQ_QUEUE_LEN_MAX; the command being carri
 # overtakes what waits, in band too, as no command of QEMU's does; out of band it may be sent while others are in flight.
 CONTROL_COMMAND: Final = "x-simulate"
 
-_DEEP: Final = 100_000  # brackets in a garbled line of the kind "deep"; more than any parser recurses
-
 
 class MonitorPort(Port):
     """A monitor: the session of one client after another."""
 
-    def __init__(self, listener: socket.socket, vm: SimulatedVm, chardevs: Callable[[], list[Chardev]]) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        vm: SimulatedVm,
+        chardevs: Callable[[], list[Chardev]],
+        dump: Dump | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
         super().__init__(listener)
         self._vm = vm
-        self._monitor = Monitor(vm, FdSets(), chardevs)
+        self._monitor = Monitor(vm, FdSets(), chardevs, dump or Dump(vm), jobs or Jobs())
         self._queue: deque[Input] = deque()
         self._current: Input | None = None  # taken from the queue and being carried out
         self._current_negotiated = False  # whether its client had negotiated; by its end another one may be there
+        self._blocked = False  # a command holds up the main loop, as a dump does that is not detached
         self._responding = False  # in the middle of one reply no other is begun
         self._timer: asyncio.TimerHandle | None = None
         self._fresh_session()
@@ -83,6 +92,7 @@ class MonitorPort(Port):
             self._timer.cancel()
         super().close()
         self._monitor.fds.close()
+        self._monitor.dump.close()
 
     # -- what the VM tells --
 
@@ -105,7 +115,7 @@ class MonitorPort(Port):
     def _full(self) -> bool:
         if self._oob:
             return len(self._queue) >= QUEUE_LENGTH
-        return bool(self._queue) or self._current is not None
+        return bool(self._queue) or self._current is not None or self._blocked
 
     def _pump(self) -> None:
         while not self._vm.faults.frozen and not self._full():
@@ -129,7 +139,7 @@ class MonitorPort(Port):
 
     def _dispatch(self) -> None:
         """Carry out what is queued, one after another, as far as the faults let it."""
-        while not self._vm.faults.frozen and self._timer is None:
+        while not self._vm.faults.frozen and self._timer is None and not self._blocked:
             if self._current is None:
                 if not self._queue:
                     return
@@ -158,13 +168,35 @@ class MonitorPort(Port):
             if item.error is not None:
                 raise Refused(item.error)
             value = self._carry_out(request, negotiated)
+            if isinstance(value, asyncio.Future):
+                self._blocked = True
+                value.add_done_callback(lambda done: self._unblocked(done, ids))
+            else:
+                self._send_value(value, ids)
         except Refused as error:
-            self._send({**ids, "error": {"class": error.kind, "desc": error.desc}})
-        else:
-            extra = self._vm.faults.big_reply
-            self._send({"return": _padded(value, extra) if extra else value, **ids})
+            self._send_error(error, ids)
         finally:
             self._responding = False
+
+    def _unblocked(self, done: asyncio.Future[Any], ids: dict[str, Any]) -> None:
+        """The command that held up the main loop has ended."""
+        self._blocked = False
+        if done.cancelled():
+            return
+        error = done.exception()
+        if isinstance(error, Refused):
+            self._send_error(error, ids)
+        else:
+            self._send_value(done.result(), ids)
+        self._dispatch()
+        self._pump()
+
+    def _send_value(self, value: Any, ids: dict[str, Any]) -> None:
+        extra = self._vm.faults.big_reply
+        self._send({"return": padded(value, extra) if extra else value, **ids})
+
+    def _send_error(self, error: Refused, ids: dict[str, Any]) -> None:
+        self._send({**ids, "error": {"class": error.kind, "desc": error.desc}})
 
     def _carry_out(self, request: object, negotiated: bool) -> Any:
         name, oob, arguments = check_request(request, oob_enabled=self._oob)
@@ -189,35 +221,13 @@ class MonitorPort(Port):
         faults = self._vm.faults
         if faults.garbled > 0:
             self._vm.change_faults(garbled=faults.garbled - 1)
-            line = garble(line, message, faults.garbled_kind)
+            line = garbled(line, message, faults.garbled_kind, b"\r\n")
         if faults.close_midline:
             self._vm.change_faults(close_midline=False)
             self.write(line[: len(line) // 2])
             self.hang_up()
             return
         self.write(line)
-
-
-def garble(line: bytes, message: dict[str, Any], kind: GarbledKind) -> bytes:
-    """What a client gets instead of a line."""
-    end = b"\r\n"
-    if kind == "twice":
-        return line + line
-    if kind == "truncated":
-        return line[: len(line) // 2] + end
-    if kind == "unknown-id":
-        return to_line({**message, "id": "nobody asked"}, end)
-    if kind == "no-id":
-        return to_line({name: value for name, value in message.items() if name != "id"}, end)
-    fixed: dict[GarbledKind, bytes] = {
-        "not-json": b"%%% this is no JSON",
-        "not-an-object": b"[1, 2, 3]",
-        "neither": b'{"neither": "reply nor event"}',
-        "nameless-event": b'{"event": null, "timestamp": "never"}',
-        "binary": b'{"return": "\xff\xfe\x00\xc3\x28"}',
-        "deep": b"[" * _DEEP,
-    }
-    return fixed[kind] + end
 
 
 def _event(name: str, data: dict[str, Any] | None) -> dict[str, Any]:
@@ -229,12 +239,3 @@ def _event(name: str, data: dict[str, Any] | None) -> dict[str, Any]:
     if data is not None:
         event["data"] = data
     return event
-
-
-def _padded(value: Any, size: int) -> Any:
-    padding = "x" * size
-    if isinstance(value, dict):
-        return {**value, "x-padding": padding}
-    if isinstance(value, list):
-        return [*value, {"x-padding": padding}]
-    return str(value) + padding

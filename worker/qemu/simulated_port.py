@@ -53,6 +53,9 @@ class Port:
     def lost(self) -> None:
         """The client is gone."""
 
+    def drained(self) -> None:
+        """The client has taken all that was written and had to wait."""
+
     # -- for the VM --
 
     @property
@@ -64,6 +67,11 @@ class Port:
     def address(self) -> str:
         """The path of the listening socket."""
         return str(self._listener.getsockname())
+
+    @property
+    def backed_up(self) -> bool:
+        """True while something written waits for the client to read."""
+        return bool(self._outbox)
 
     def write(self, data: bytes) -> None:
         """Send to the client, at once as far as its socket takes it."""
@@ -200,6 +208,8 @@ class Port:
             self.hang_up()
             return
         self._watch()
+        if not self._outbox:
+            self.drained()
 
     def _hand_over(self, client: socket.socket) -> bool:
         """Hand some output to the kernel; False if none is left."""

@@ -21,11 +21,12 @@ class Refused(Exception):
 
 
 class Argument(NamedTuple):
-    """One argument: its name, the type as QEMU names it, and whether it may be left out."""
+    """One argument: its name, the type as QEMU names it ("strings": an array of them), and whether it may be left out."""
 
     name: str
     type: str = "string"
     optional: bool = False
+    values: tuple[str, ...] = ()  # of an enumeration
 
 
 def check_request(request: object, *, oob_enabled: bool = False) -> tuple[str, bool, dict[str, Any]]:
@@ -61,15 +62,34 @@ def check_arguments(wanted: tuple[Argument, ...], given: dict[str, Any]) -> None
         if argument.name not in given:
             if not argument.optional:
                 raise Refused(f"Parameter '{argument.name}' is missing")
-        elif not _fits(given[argument.name], argument.type):
-            raise Refused(f"Invalid parameter type for '{argument.name}', expected: {argument.type}")
+        else:
+            _check_value(argument, given[argument.name])
     known = {argument.name for argument in wanted}
     for name in given:
         if name not in known:
             raise Refused(f"Parameter '{name}' is unexpected")
 
 
+def disabled_command(name: str, reason: str = "") -> Refused:
+    """The error for a command that the agent knows and does not carry out."""
+    return Refused(f"Command {name} has been disabled{': ' if reason else ''}{reason}", "CommandNotFound")
+
+
+def _check_value(argument: Argument, value: object) -> None:
+    kind = "array" if argument.type == "strings" else argument.type
+    if not _fits(value, kind):
+        raise Refused(f"Invalid parameter type for '{argument.name}', expected: {kind}")
+    if argument.type == "strings" and isinstance(value, list):
+        for position, item in enumerate(value):
+            if not isinstance(item, str):
+                raise Refused(f"Invalid parameter type for '{argument.name}[{position}]', expected: string")
+    if argument.values and value not in argument.values:
+        raise Refused(f"Parameter '{argument.name}' does not accept value '{value}'")
+
+
 def _fits(value: object, kind: str) -> bool:
+    if kind == "any":
+        return True
     if kind == "integer":
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     return isinstance(value, _TYPES[kind])

@@ -10,19 +10,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
+
+import msgspec
 
 from .simulated_faults import Faults, changed
 
 FLOOD_EVENT: Final = "X_SIMULATED_FLOOD"
-EVENTS: Final = ("SHUTDOWN", "POWERDOWN", "RESET", "STOP", "RESUME", "VSERPORT_CHANGE", FLOOD_EVENT)
+EVENTS: Final = (
+    *("SHUTDOWN", "POWERDOWN", "RESET", "STOP", "RESUME", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "VSERPORT_CHANGE"),
+    *("GUEST_PANICKED", "GUEST_CRASHLOADED", "WATCHDOG", "DUMP_COMPLETED", FLOOD_EVENT),
+)
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 # A flood comes in a burst per tick: a timer per event would cost more than the event.
 FLOOD_TICK: Final = 0.01
 
-CRASH_STATUS: Final = 1  # exit status of a process that ends by the fault exit_after
+MAX_BURST: Final = 1.0  # seconds; what a loop that was held up longer has missed is not made up for
+
+CRASH_STATUS: Final = 1  # exit status of a process that ends by the fault exit_after, or by its guest's panic
+_FORCED: Final = ("host-qmp-quit", "host-signal")  # reasons to shut down that end the process whatever the actions are
+
+MIB: Final = 1 << 20
+
+
+class Actions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What follows what: the option -action and the command set-action, with QEMU's defaults."""
+
+    reboot: Literal["reset", "shutdown"] = "reset"
+    shutdown: Literal["poweroff", "pause"] = "poweroff"
+    panic: Literal["pause", "shutdown", "exit-failure", "none"] = "shutdown"
+    watchdog: Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"] = "reset"
 
 
 class Attachment(Protocol):
@@ -48,7 +67,8 @@ class SimulatedVm:
         *,
         paused: bool = False,
         uuid: str = NO_UUID,
-        no_shutdown: bool = False,
+        actions: Actions = Actions(),  # noqa: B008 - a frozen value
+        memory: int = 128 * MIB,
         on_end: Callable[[SimulatedVm, int], None] | None = None,
     ) -> None:
         self.name = name
@@ -58,8 +78,10 @@ class SimulatedVm:
         self.agent_open = False  # the guest's agent has opened its port
         self.agent_driver = False  # the guest has a driver for it: it has opened it since the last reset
         self.agent_port_id: str | None = None  # the id of the agent's virtserialport; None if the VM has none
+        self.actions = actions
+        self.memory = memory  # bytes
+        self.dumping = False  # until it is over the VM is neither stopped nor continued
         self._faults = faults or Faults()
-        self._no_shutdown = no_shutdown
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._attachments: list[Attachment] = []
@@ -68,6 +90,7 @@ class SimulatedVm:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flooded = 0
         self._flooded_at = 0.0
+        self._flapped_at = 0.0
 
     # -- what others look at --
 
@@ -109,21 +132,26 @@ class SimulatedVm:
 
     def after_a_while(self, seconds: float, faults: Faults) -> None:
         """Put faults in force later, so that a VM can be told to freeze and to thaw again."""
-        self._later("revert", seconds, lambda: self.set_faults(faults), even_stuck=True)
+        self.later("revert", seconds, lambda: self.set_faults(faults), even_stuck=True)
 
     def _apply_faults(self, before: Faults) -> None:
         faults = self._faults
         if faults.exit_after != before.exit_after:
-            self._later("exit", faults.exit_after or None, lambda: self.end(CRASH_STATUS), even_stuck=True)
+            self.later("exit", faults.exit_after or None, lambda: self.end(CRASH_STATUS), even_stuck=True)
         if faults.flooding != before.flooding:
             self._flooded_at = time.monotonic()
-            self._later("flood", FLOOD_TICK if faults.flooding else None, self._flood)
+            self.later("flood", FLOOD_TICK if faults.flooding else None, self._flood)
+        if faults.agent_flapping != before.agent_flapping:
+            self._flapped_at = time.monotonic()
+            self.later("flap", FLOOD_TICK if faults.agent_flapping else None, self._flap)
         for attachment in self._attachments:
             attachment.faults_changed(faults)
         if faults.agent_absent and not before.agent_absent:
             self._agent_port(False)
         elif before.agent_absent and not faults.agent_absent and self.running:
             self._guest_boots()
+        elif before.agent_flapping and not faults.agent_flapping and self.running and self.agent_driver:
+            self._agent_port(True)
         if before.ignore_powerdown and not faults.ignore_powerdown:
             self._guest_shuts_down()
         if before.stuck and not faults.stuck:
@@ -138,15 +166,15 @@ class SimulatedVm:
         for attachment in self._attachments:
             attachment.event(name, data)
 
-    def stop(self) -> None:
-        """Pause the virtual CPUs; nothing happens if they do not run."""
+    def stop(self, status: str = "paused") -> None:
+        """Pause the virtual CPUs, for the reason that the status names; nothing happens if they do not run."""
         if self.running:
-            self.status = "paused"
+            self.status = status
             self.emit("STOP")
 
     def cont(self) -> None:
-        """Let the virtual CPUs run."""
-        if self.running:
+        """Let the virtual CPUs run. A guest that sleeps sleeps on."""
+        if self.running or self.status == "suspended":
             return
         first = self.status == "prelaunch"
         self.status = "running"
@@ -156,7 +184,10 @@ class SimulatedVm:
         self._guest_shuts_down()
 
     def reset(self, *, guest: bool, reason: str) -> None:
-        """Reset the machine. A paused one is as good as new after it, as QEMU has it."""
+        """Reset the machine. A paused one is as good as new after it, and so is one that sleeps, as QEMU has it."""
+        if self.actions.reboot == "shutdown":
+            self.shutdown(guest=guest, reason=reason)
+            return
         if not self.running:
             self.status = "prelaunch"
         self._power_button = False
@@ -164,7 +195,9 @@ class SimulatedVm:
         self.agent_driver = False
         self._agent_port(False)  # the devices are reset before the event
         self.emit("RESET", {"guest": guest, "reason": reason})
-        if self.running:
+        if self.dumping and not self.running:
+            self._loop.call_soon(self.end, CRASH_STATUS)  # QEMU 7.2 aborts: "invalid runstate transition"
+        elif self.running:
             self._guest_boots()
 
     def powerdown(self) -> None:
@@ -173,18 +206,25 @@ class SimulatedVm:
         self._power_button = True
         self._guest_shuts_down()
 
-    def shutdown(self, *, guest: bool, reason: str) -> None:
+    def shutdown(self, *, guest: bool, reason: str, status: int = 0) -> None:
         """Shut down. The process ends when the loop comes round again, so that the reply to `quit` still leaves."""
         if self._faults.stuck:
-            self._postponed.append(lambda: self.shutdown(guest=guest, reason=reason))
+            self._postponed.append(lambda: self.shutdown(guest=guest, reason=reason, status=status))
             return
         self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
-        if guest and self._no_shutdown:
-            if self.running:
-                self.emit("STOP")
-            self.status = "shutdown"
+        if self.actions.shutdown == "pause" and reason not in _FORCED:
+            self.stop("shutdown")  # one that is paused stays as it is, as in QEMU
             return
-        self._loop.call_soon(self.end, 0)
+        self._loop.call_soon(self.end, status)
+
+    def wakeup(self) -> bool:
+        """Wake the guest; False if it does not sleep."""
+        if self.status != "suspended":
+            return False
+        self.status = "running"
+        self.emit("WAKEUP")
+        self._guest_shuts_down()
+        return True
 
     def end(self, status: int) -> None:
         """Be gone, at once and without a word."""
@@ -202,16 +242,62 @@ class SimulatedVm:
     # -- the guest --
 
     def _guest_boots(self) -> None:
-        self._later("boot", self._faults.boot_delay, lambda: self._agent_port(True))
+        self.later("boot", self._faults.boot_delay, lambda: self._agent_port(True))
 
     def _guest_shuts_down(self) -> None:
         if self._power_button and self.running and not self._faults.ignore_powerdown:
             self._power_button = False
-            self._later("powerdown", self._faults.powerdown_delay, self.guest_shutdown)
+            self.later("powerdown", self._faults.powerdown_delay, self._obey_power_button)
+
+    def _obey_power_button(self) -> None:
+        if self.running:
+            self.guest_shutdown()
+        else:
+            self._power_button = True  # paused meanwhile; it goes on with that when it runs
 
     def guest_shutdown(self) -> None:
         """The guest switches the machine off."""
         self.shutdown(guest=True, reason="guest-shutdown")
+
+    def guest_suspend(self) -> None:
+        """The guest goes to sleep. There is no STOP, and only `wakeup` or a reset ends it."""
+        if self.running:
+            self.status = "suspended"
+            self.emit("SUSPEND")
+
+    def guest_hibernate(self) -> None:
+        """The guest writes itself to its disk and switches the machine off."""
+        self.emit("SUSPEND_DISK")
+        self.guest_shutdown()
+
+    def guest_panic(self, info: dict[str, Any] | None) -> None:
+        """The guest's kernel gives up and tells a pvpanic device; what follows is up to the actions."""
+        action = self.actions.panic
+        if action == "shutdown" and self.actions.shutdown == "pause":
+            action = "pause"
+        told = {"pause": "pause", "none": "run"}.get(action, "poweroff")
+        self.emit("GUEST_PANICKED", {"action": told} if info is None else {"action": told, "info": info})
+        if action == "pause":
+            self.stop("guest-panicked")
+        elif action != "none":
+            self.shutdown(guest=True, reason="guest-panic", status=CRASH_STATUS * (action == "exit-failure"))
+
+    def guest_crash_loaded(self) -> None:
+        """The guest's kernel gives up and saves itself: a crash kernel is loaded, and the VM runs on."""
+        self.emit("GUEST_CRASHLOADED", {"action": "run"})
+
+    def watchdog(self) -> None:
+        """The guest has not fed its watchdog."""
+        action = self.actions.watchdog
+        self.emit("WATCHDOG", {"action": action})
+        if action == "reset":
+            self.reset(guest=True, reason="guest-reset")
+        elif action == "shutdown":
+            self.powerdown()
+        elif action == "poweroff":
+            self._loop.call_soon(self.end, 0)  # QEMU exits, without SHUTDOWN and whatever the other actions are
+        elif action == "pause":
+            self.stop("watchdog")
 
     def _agent_port(self, opened: bool) -> None:
         if opened == self.agent_open or self.agent_port_id is None or (opened and self._faults.agent_absent):
@@ -225,7 +311,7 @@ class SimulatedVm:
 
     # -- time --
 
-    def _later(self, name: str, seconds: float | None, action: Callable[[], None], *, even_stuck: bool = False) -> None:
+    def later(self, name: str, seconds: float | None, action: Callable[[], None], *, even_stuck: bool = False) -> None:
         """Do something later, once; None takes it back. A stuck main loop does it when it goes on."""
         self._cancel(name)
         if seconds is None:
@@ -246,12 +332,27 @@ class SimulatedVm:
             timer.cancel()
 
     def _flood(self) -> None:
-        now = time.monotonic()
-        count = int((now - self._flooded_at) * self._faults.flooding)
-        if count:
-            self._flooded_at = now
+        count, self._flooded_at = owed(self._faults.flooding, self._flooded_at)
         for _ in range(count):
             self._flooded += 1
             self.emit(FLOOD_EVENT, {"number": self._flooded})
         if self._faults.flooding:
-            self._later("flood", FLOOD_TICK, self._flood)
+            self.later("flood", FLOOD_TICK, self._flood)
+
+    def _flap(self) -> None:
+        rate = self._faults.agent_flapping
+        count, self._flapped_at = owed(2 * rate, self._flapped_at)
+        for _ in range(count if self.running and self.agent_driver else 0):
+            self._agent_port(not self.agent_open)
+        if rate and not self.ended:
+            self.later("flap", FLOOD_TICK, self._flap)
+
+
+def owed(rate: float, since: float) -> tuple[int, float]:
+    """How many of what comes so many times a second are due, and the moment up to which they are then accounted for."""
+    if not rate:
+        return 0, since
+    now = time.monotonic()
+    since = max(since, now - MAX_BURST)
+    count = int((now - since) * rate)
+    return count, since + count / rate

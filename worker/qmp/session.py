@@ -73,6 +73,7 @@ class QmpSession:
         self.oob = False
         self.garbled = 0  # lines that were dropped
         self.on_garbled: Callable[[], None] = lambda: None  # called while there are few of them
+        self.fileno = connection.fileno  # -1 once it is closed
         self._loop = loop
         self._socket = connection
         self._reader = reader

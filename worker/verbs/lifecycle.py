@@ -52,7 +52,7 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
         raise ConfigError(
             f"{path}: it names {definition.name!r}, but it is the definition of {app.name}; define it again"
         )
-    await beginnings.start(app.vm, definition, paused=arguments.paused, deadline=request.deadline)
+    await beginnings.start(app.vm, app.handling, definition, paused=arguments.paused, deadline=request.deadline)
     return _run_facts(app)
 
 
@@ -60,7 +60,9 @@ async def attach(app: App, request: Request, arguments: AttachArguments) -> dict
     """Adopt a running QMP server as this VM."""
     first = app.vm.run is None and app.definition is None
     try:
-        await beginnings.attach(app.vm, arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline)
+        await beginnings.attach(
+            app.vm, app.handling, arguments.qmp, arguments.agent, arguments.pid, deadline=request.deadline
+        )
     except VmloopError:
         if first:  # nothing came of this name
             app.forget = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import definition, lifecycle, monitor
+from . import agent, definition, lifecycle, monitor
 from .request import Lane, NoArguments, Verb
 
 _ROWS: Final = (
@@ -21,6 +21,7 @@ _ROWS: Final = (
     Verb("undefine", definition.UndefineArguments, Lane.TURN, run=definition.undefine),
     Verb("qmp", monitor.QmpArguments, Lane.TURN, direct=monitor.qmp),
     Verb("hmp", monitor.HmpArguments, Lane.TURN, direct=monitor.hmp),
+    Verb("agent", agent.AgentArguments, Lane.READ, run=agent.agent),
     Verb("events", monitor.EventsArguments, Lane.READ, run=monitor.events),
 )
 

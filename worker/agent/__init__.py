@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest agent of one VM. Everything that comes from the guest is hostile until checked.
+
+Read in this order: lines (bytes to lines, and what reading may cost), sync (what is said, and whose a reply is), session (one open
+connection: a queue, one command on the wire), chardev (whether the guest has the port open), endings (commands that end the guest),
+freeze (no file system stays frozen for ever), agent (the whole; what vm.py holds).
+"""

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb that speaks to the guest agent: agent. Arguments and results: docs/operations.md.
+
+With `hold`, guest-fsfreeze-freeze keeps its request open for as long as the guest is frozen, so that a client that goes away thaws it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+
+from ...common.errors import BadRequest, DeadlineExceeded, VmloopError
+from ..agent.freeze import FREEZES
+from .request import Request
+
+if TYPE_CHECKING:
+    from ..app import App
+
+SIGN_OF_LIFE: Final = 1.0  # seconds between the partial answers of a freeze that is held
+THAW_MARGIN: Final = (
+    2.0  # seconds before the request's deadline at which a freeze that is held ends; at most a fifth of the time left
+)
+
+_READING: Final = frozenset(
+    {"guest-ping", "guest-info", "guest-fsfreeze-status", "guest-exec-status", "guest-network-get-interfaces"}
+)
+
+
+class AgentArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    command: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    arguments: dict[str, Any] | None = None
+    hold: bool = False
+    limit: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
+
+
+async def agent(app: App, request: Request, arguments: AgentArguments) -> Any:
+    """One command for the guest agent, its `return` as the result; with `hold`: `{thawed: why}` once the guest is thawed."""
+    if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
+        raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
+    if arguments.hold:
+        return await _hold(app, request, arguments)
+    return await _submit(app, request, arguments)
+
+
+async def _submit(app: App, request: Request, arguments: AgentArguments) -> Any:
+    answered: asyncio.Future[Any] = app.loop.create_future()
+
+    def done(value: Any, error: VmloopError | None) -> None:
+        if answered.done():  # the verb was cancelled
+            return
+        if error is None:
+            answered.set_result(value)
+        else:
+            answered.set_exception(error)
+
+    name = arguments.command
+    app.vm.agent.submit(
+        name,
+        arguments.arguments,
+        done=done,
+        deadline=request.deadline,
+        request=request.number,
+        reading=request.reading or name in _READING or name.startswith("guest-get-"),
+        freeze_limit=arguments.limit,
+    )
+    return await answered
+
+
+async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
+    guard = app.vm.agent.guard
+    thawed: asyncio.Future[str] = app.loop.create_future()
+    gone = asyncio.Event()
+
+    def on_thawed(why: str) -> None:
+        if not thawed.done():
+            thawed.set_result(why)
+
+    def on_gone() -> None:  # before the freeze is answered there is nothing to thaw yet
+        gone.set()
+        if frozen:
+            guard.thaw("caller gone")
+
+    frozen = False
+    ends = [guard.on_thawed(on_thawed), app.on_cancel(request.number, on_gone)]
+    try:
+        count = await _submit(app, request, arguments)
+        if count == 0:
+            return {"thawed": "there was nothing to freeze"}
+        frozen = True
+        request.partial({"return": count})
+        if gone.is_set():
+            guard.thaw("caller gone")
+        return {"thawed": await _until_thawed(app, request, thawed)}
+    finally:
+        for end in ends:
+            end()
+        if frozen and not thawed.done():  # the request ends before its freeze
+            guard.thaw("request over")
+
+
+async def _until_thawed(app: App, request: Request, thawed: asyncio.Future[str]) -> str:
+    guard = app.vm.agent.guard
+    left = request.deadline - app.loop.time()
+    end = request.deadline - min(THAW_MARGIN, left / 5)
+    while (now := app.loop.time()) < request.deadline:
+        if now >= end:
+            guard.thaw("deadline")
+        next_look = min(now + SIGN_OF_LIFE, end if now < end else request.deadline)
+        await asyncio.wait({thawed}, timeout=next_look - now)
+        if thawed.done():
+            return thawed.result()
+        request.partial({"left": max(0.0, min(guard.until or end, end) - app.loop.time())})
+    text = f"VM {app.name}: its file systems are not thawed yet; vmloop goes on trying (event AGENT_THAWED tells)"
+    raise DeadlineExceeded(text)
