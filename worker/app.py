@@ -162,7 +162,8 @@ class App:
 
     def _on_blocked(self, seconds: float) -> None:
         """The loop has been held up, and moves again. Called between two turns."""
-        task, stack = self._page.task(), self._stack.take()
+        task, stack = self._page.held_up_in or self._page.task(), self._stack.take()
+        self._page.held_up_in = ""
         log.error("VM %s: the loop was held up for %.1f s (%s)\n%s", self.name, seconds, task or "?", stack)
         began = time.time_ns() // 1000 - int(seconds * 1e6)
         data = {"seconds": round(seconds, 3), "task": task, "stack": stack}

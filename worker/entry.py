@@ -14,8 +14,10 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Coroutine
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import tenacity
 import zmq
@@ -105,7 +107,7 @@ def _serve(
     guard_forks(lambda: (lock, loop.page_selector.fileno(), *app.private_fds()))
     gc.freeze()
     try:
-        loop.run_until_complete(app.run(socket.socket(fileno=monitor_fd) if monitor_fd is not None else None))
+        _run(loop, app.run(socket.socket(fileno=monitor_fd) if monitor_fd is not None else None))
     finally:
         loop.close()
         context.term()  # bounded by the sockets' linger
@@ -114,6 +116,18 @@ def _serve(
         for directory in (paths.vm(name).state, paths.vm(name).run):
             remove_directory(directory)
     return WorkerExit.DONE
+
+
+def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Run the worker to its end. asyncio lets a SystemExit out of any task; one that a handler has made does not end the worker."""
+    main = loop.create_task(work)
+    while True:
+        try:
+            return loop.run_until_complete(main)
+        except (SystemExit, KeyboardInterrupt) as error:
+            if main.done():
+                raise
+            log.error("a task of a handler tried to end the worker: %r", error)
 
 
 def _open_page(paths: VmPaths, stack: str, last_exit: int | None) -> tuple[Page, Predecessor]:

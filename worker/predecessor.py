@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from .handlers.naming import AT_REST
+
 
 class Predecessor(msgspec.Struct, frozen=True):
     """The worker that had this VM before; `incarnation` 0 if there was none."""
@@ -38,7 +40,7 @@ class Predecessor(msgspec.Struct, frozen=True):
     def to_event(self) -> dict[str, Any]:
         """The data of WORKER_LOST."""
         data: dict[str, Any] = {"incarnation": self.incarnation, "how": self.how}
-        if self.task:
+        if self.task and self.task != AT_REST:
             data["task"] = self.task
         if self.stack:
             data["stack"] = self.stack

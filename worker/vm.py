@@ -296,7 +296,8 @@ class Vm:
 
     def on_event(self, name: str, data: dict[str, Any], at: int) -> None:
         self.events.emit(name, data, "qmp", at)
-        if name == "SHUTDOWN":
+        # A watchdog that powers off says nothing else (QEMU 7.2): the end that follows is no crash.
+        if name == "SHUTDOWN" or (name == "WATCHDOG" and data.get("action") == "poweroff"):
             self.note(Fact.SHUTDOWN_SEEN)
         elif name == "RESUME":
             self._page.words[Word.FACTS] &= ~Fact.SHUTDOWN_SEEN

@@ -25,8 +25,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import libvirt
-import libvirt_qemu
+import libvirt  # type: ignore[import-not-found]  # Debian's, not in our venv
+import libvirt_qemu  # type: ignore[import-not-found]
+from libvirt_host import START_LIMIT, daemons, domain_xml  # type: ignore[import-not-found]  # beside this script
 
 URI = "qemu:///system"
 PREFIX = "vmloop-rig-"
@@ -34,7 +35,6 @@ QUERY_STATUS = '{"execute":"query-status"}'
 COUNT = 600  # commands behind a p50 and p99
 SECONDS = 3.0  # of work behind a rate
 AGENT_LIMIT = 60.0  # for the agent of a fresh guest to answer
-START_LIMIT = 15.0  # for a daemon to come up
 SLOW_LIMIT = 45.0  # for a call that waits for a frozen VM: libvirt gives up after 30 s
 
 
@@ -48,11 +48,11 @@ class Rig:
 
     def create(self, name: str, *, paused: bool = False) -> libvirt.virDomain:
         """The VM of tests/system/site.py (REAL_ARGS): 64 MiB, no devices, CPUs that run the firmware."""
-        return self.host.createXML(_xml(name), libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+        return self.host.createXML(domain_xml(PREFIX + name), libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     def create_guest(self, name: str) -> libvirt.virDomain:
         """A Linux guest with qemu-ga."""
-        return self.host.createXML(_xml(name, kernel=self.kernel, initrd=self.initrd), 0)
+        return self.host.createXML(domain_xml(PREFIX + name, kernel=self.kernel, initrd=self.initrd), 0)
 
     def destroy(self, *domains: libvirt.virDomain) -> None:
         for domain in domains:
@@ -109,6 +109,7 @@ def throughput(rig: Rig) -> None:
             for client in clients:
                 _line(client, START_LIMIT)
             for client in clients:
+                assert client.stdin is not None
                 client.stdin.write("go\n")
                 client.stdin.flush()
             total = sum(int(_line(client, SECONDS * 10)) for client in clients)
@@ -147,13 +148,13 @@ def containment(rig: Rig) -> None:
         with rig.frozen(bad, in_event=True):
             beside("one QEMU frozen inside a deferred event")
         rig.destroy(bad)
-        for what, body in (("sleeping", lambda: time.sleep(0.2)), ("spinning", lambda: _spin(0.2))):
+        for what, body in (("sleeping", lambda: threading.Event().wait(0.2)), ("spinning", lambda: _spin(0.2))):
             _in_callback(rig, good, what, body)
 
 
 def callback_delay(rig: Rig) -> None:
     """How late another VM's event reaches the same client while the callback of one VM's event takes 2 s."""
-    for what, body in (("sleeps", lambda: time.sleep(2.0)), ("spins", lambda: _spin(2.0))):
+    for what, body in (("sleeps", lambda: threading.Event().wait(2.0)), ("spins", lambda: _spin(2.0))):
         with rig.running("bad", "good") as (bad, good), _Events(rig.host) as events:
             events.on[bad.name()] = body
             bad.suspend()
@@ -229,7 +230,7 @@ class _Events:
     """Lifecycle events of all VMs in this client, on libvirt's event loop thread: the nearest it has to a handler."""
 
     def __init__(self, host: libvirt.virConnect) -> None:
-        self.on: dict[str, Callable[[], None]] = {}  # what the callback does on an event of a VM
+        self.on: dict[str, Callable[[], object]] = {}  # what the callback does on an event of a VM
         self._host = host
         self._seen: list[tuple[str, int, float]] = []
         self._changed = threading.Condition()
@@ -266,7 +267,7 @@ class _Events:
             body()
 
 
-def _in_callback(rig: Rig, good: libvirt.virDomain, what: str, body: Callable[[], None]) -> None:
+def _in_callback(rig: Rig, good: libvirt.virDomain, what: str, body: Callable[[], object]) -> None:
     """Commands of a client whose callback is at it all the time: the events of a VM that another thread suspends and resumes feed it."""
     done = threading.Event()
     with rig.running("bad") as (bad,), _Events(rig.host) as events:
@@ -380,7 +381,7 @@ def _figure(what: str, value: float | None, unit: str, note: str = "") -> None:
 def _line(child: subprocess.Popen[str], seconds: float) -> str:
     assert child.stdout is not None
     if not select.select([child.stdout], [], [], seconds)[0]:
-        raise RuntimeError(f"{child.args} said nothing within {seconds} s")
+        raise RuntimeError(f"{child.args!r} said nothing within {seconds} s")
     return child.stdout.readline()
 
 
@@ -397,68 +398,8 @@ def _client(name: str) -> None:
     print(count, flush=True)
 
 
-def _xml(name: str, kernel: str | None = None, initrd: str | None = None) -> str:
-    boot = channel = ""
-    memory = 64
-    if kernel is not None:
-        memory = 256
-        words = "quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check lpj=4000000 cryptomgr.notests"
-        boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{words}</cmdline>"
-        channel = (
-            "<channel type='unix'><source mode='bind'/>"
-            "<target type='virtio' name='org.qemu.guest_agent.0'/></channel><controller type='virtio-serial'/>"
-        )
-    return f"""<domain type='qemu'><name>{PREFIX}{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
-      <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os><features><acpi/></features>
-      <cpu mode='maximum'/><on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
-      <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><controller type='usb' model='none'/>
-      <memballoon model='none'/>{channel}</devices><seclabel type='none'/></domain>"""
-
-
 def _qemu_pid(name: str) -> int:
     return int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
-
-
-# -- daemons --------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _daemons() -> Iterator[None]:
-    """libvirtd and virtlogd, where they do not run yet; ended after."""
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        for name, listening in (("virtlogd", "/run/libvirt/virtlogd-sock"), ("libvirtd", "/run/libvirt/libvirt-sock")):
-            if not _answers(listening):
-                started.append(
-                    subprocess.Popen(
-                        [name], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                    )
-                )
-                _wait(lambda path=listening: _answers(path), START_LIMIT, f"{name} does not come up")
-        yield
-    finally:
-        for daemon in reversed(started):
-            daemon.terminate()
-            try:
-                daemon.wait(START_LIMIT)
-            except subprocess.TimeoutExpired:
-                daemon.kill()  # its shared thread hangs, which is what was measured
-                daemon.wait()
-
-
-def _answers(path: str) -> bool:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
-
-
-def _wait(condition: Callable[[], bool], seconds: float, complaint: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise RuntimeError(complaint)
-        select.select([], [], [], 0.05)
 
 
 def _pump() -> None:
@@ -487,7 +428,7 @@ def main() -> int:
     try:
         # QEMU runs as libvirt's own user, who may read neither /boot everywhere nor a checkout.
         copies = {option: str(shutil.copy(path, directory / option[2:])) for option, path in named.items()}
-        with _daemons():
+        with daemons():
             rig = Rig(directory, copies.get("--kernel"), copies.get("--initrd"))
             try:
                 for measure in chosen:

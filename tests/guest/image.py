@@ -95,14 +95,14 @@ def _make(kernel: Path, initrd: Path) -> None:
     """Whoever comes at the same time packs one too, and the last rename wins: they are the same."""
     CACHE.mkdir(parents=True, exist_ok=True)
     old = [path for path in CACHE.glob("*.cpio") if path != initrd]
-    with tempfile.NamedTemporaryFile(dir=CACHE, prefix="new-", delete=False) as file:
-        try:
+    descriptor, name = tempfile.mkstemp(dir=CACHE, prefix="new-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
             build.pack(kernel, file)
-            file.flush()
-            os.rename(file.name, initrd)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.rename(name, initrd)
+    except BaseException:
+        os.unlink(name)
+        raise
     for path in old:
         with contextlib.suppress(FileNotFoundError):  # the other one removed it
             path.unlink()

@@ -19,7 +19,7 @@ from vmloop.worker.handlers.dispatch import Dispatcher
 from vmloop.worker.handlers.lane import MAX_STUCK
 from vmloop.worker.handlers.registry import Handler
 from vmloop.worker.handlers.report import MAX_TRACE_BYTES
-from vmloop.worker.handlers.thread import THREAD_NICE
+from vmloop.worker.handlers.thread import INTERRUPT_GRACE, THREAD_NICE
 
 from ..fakes.handler_context import FakeVm
 
@@ -32,8 +32,9 @@ class RecordingPage:
 
     def __init__(self) -> None:
         self.tasks: list[str] = []
+        self.held_up_in = ""
 
-    def busy(self, task: str = "") -> None:
+    def doing(self, task: str) -> None:
         self.tasks.append(task)
 
 
@@ -332,6 +333,28 @@ def test_a_thread_that_spins_leaves_the_loop_working(tmp_path: Path) -> None:
     run(scene)
 
 
+def test_a_thread_that_spins_over_its_limit_is_interrupted_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def scene() -> None:
+        called: list[int] = []
+
+        def spins(vm: SyncVm, event: Event) -> None:
+            called.append(event.seq)
+            while event.seq == 1:
+                pass
+
+        async with Bench(tmp_path, handler(spins, limit=LIMIT)) as bench:
+            bench.vm.happen("STOP")
+            bench.vm.happen("STOP")
+            assert await bench.dispatcher.settle(DEADLINE)
+            [failure] = bench.vm.emitted("HANDLER_FAILED")
+            assert (failure["why"], failure["left_behind"]) == ("limit", False)
+            assert "in spins" in failure["stack"]
+            assert called == [1, 2]
+            assert bench.replacements == []
+
+    asyncio.run(scene())
+
+
 def test_after_too_many_abandoned_threads_the_worker_asks_to_be_replaced_and_starts_no_more(tmp_path: Path) -> None:
     async def scene() -> None:
         leave = threading.Event()
@@ -345,7 +368,7 @@ def test_after_too_many_abandoned_threads_the_worker_asks_to_be_replaced_and_sta
         async with Bench(tmp_path, handler(hangs, limit=LIMIT)) as bench:
             for _ in range(MAX_STUCK + 2):
                 bench.vm.happen("STOP")
-            assert not await bench.dispatcher.settle(LIMIT * (MAX_STUCK + 3))
+            assert not await bench.dispatcher.settle((LIMIT + INTERRUPT_GRACE) * (MAX_STUCK + 3))
             assert len(bench.replacements) == 1
             assert called == list(range(1, MAX_STUCK + 2))
             assert bench.failures[-1]["why"] == "pending"

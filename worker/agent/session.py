@@ -186,7 +186,7 @@ class AgentSession:
         self._asking_again = self._loop.call_later(_sync_again(retry), self._sync)
         for command in tuple(self._waiting.values()):
             if command.queued <= self._asked:  # who came later is given a sync of its own
-                del self._waiting[command.number]
+                self._waiting.pop(command.number, None)
                 self._answer(command, None, not_in_step(command, reason))
         self._advance()
 

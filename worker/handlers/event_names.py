@@ -24,6 +24,11 @@ _OWN_PREFIXES: Final = (
     "VMLOOP_",
 )
 
+# Those of vmloop's shipped handlers (docs/handlers-shipped.md) that no prefix covers.
+_SHIPPED: Final = frozenset(
+    {"DUMP_STARTED", "DUMP_PROGRESS", "DUMP_FINISHED", "JOB_FAILED", "NIC_RX_FILTER", "PR_MANAGER_LOST", "RDMA_ADDRESS"}
+)
+
 # QEMU's, of query-qmp-schema in 7.2 and those that came since: whoever waits for one acts on it.
 _QEMU: Final = frozenset(
     """
@@ -45,7 +50,7 @@ def require_free_name(name: object) -> str:
     """The name itself; `BadRequest` if it is no name of an event, or one of vmloop's or QEMU's."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadRequest(f"{name!r:.80} is no name of an event: use 2 to 64 of A-Z 0-9 _ and start with a letter")
-    if name.startswith(_OWN_PREFIXES):
+    if name.startswith(_OWN_PREFIXES) or name in _SHIPPED:
         raise BadRequest(
             f"an event {name} would be vmloop's own; begin your events with a word of yours, e.g. SITE_{name}"[:300]
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -24,6 +25,9 @@ import msgspec
 from ..events import Event
 
 AT_REST: Final = "loop"
+
+# A step that took so long may be what a turn of the loop was held up in; the loop asks when that turn is over.
+LONG_STEP: Final = 0.05
 
 # The page keeps 63 bytes: enough for the longest word, this much of a name, and in most cases event and number.
 _NAME_BYTES: Final = 40
@@ -37,7 +41,9 @@ _LOADING: Final = "loading handlers/"
 class TaskPage(Protocol):
     """The part of the status page (common/page.py) that is written here."""
 
-    def busy(self, task: str = "") -> None: ...
+    held_up_in: str
+
+    def doing(self, task: str) -> None: ...
 
 
 class Culprit(msgspec.Struct, frozen=True):
@@ -55,18 +61,24 @@ class TaskNames:
     def __init__(self, page: TaskPage) -> None:
         self._page = page
         self._resting = AT_REST
+        self._task = AT_REST
+        self._entered = 0.0
 
     def enter(self, task: str) -> None:
         """The loop goes into this; `leave` when it comes out."""
-        self._page.busy(task)
+        self._task = task
+        self._entered = time.monotonic()
+        self._page.doing(task)
 
     def leave(self) -> None:
-        self._page.busy(self._resting)
+        if time.monotonic() - self._entered >= LONG_STEP:
+            self._page.held_up_in = self._task
+        self._page.doing(self._resting)
 
     def rest_in(self, task: str = AT_REST) -> None:
         """What the page says from now on whenever the loop is in nothing that names itself: what the handler thread does."""
         self._resting = task
-        self._page.busy(task)
+        self._page.doing(task)
 
     @contextlib.contextmanager
     def during(self, task: str) -> Iterator[None]:

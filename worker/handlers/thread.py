@@ -3,8 +3,9 @@
 
 Used by dispatch.py.
 
-A thread cannot be ended. One that is over its limit is reported with its stack and abandoned, and another one takes the next events; after
-a few of those the worker asks to be replaced, which ends them all and leaves QEMU as it is.
+A thread cannot be ended from outside. One that is over its limit is reported with its stack, and Python is asked to raise `OverLimit`
+in it, which ends what runs as Python code: a loop that spins. One that sleeps or hangs in C does not notice: it is abandoned, and another
+one takes the next events; after a few of those the worker asks to be replaced, which ends them all and leaves QEMU as it is.
 
 The thread is niced. Linux schedules threads, and each has a nice value of its own: a handler that spins takes what the other VMs'
 workers leave over, and no more. What it costs its own VM is the interpreter's lock, which it hands over every 5 ms at the latest once
@@ -14,6 +15,7 @@ it is running; on a busy host it may wait longer for a CPU to do so. That is its
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import inspect
 import logging
 import os
@@ -36,8 +38,13 @@ from .view import SyncVm
 log = logging.getLogger(__name__)
 
 THREAD_NICE: Final = 10
+INTERRUPT_GRACE: Final = 0.25  # seconds that an interrupted handler has to clean up
 
 Function = Callable[[], object]
+
+
+class OverLimit(BaseException):
+    """Raised inside of a handler that is over its time limit."""
 
 
 class Ended(NamedTuple):
@@ -83,9 +90,15 @@ class ThreadCalls:
                 self._reporter.failed(handler.name, event, "raised", error, traceback=traceback)
             return
         stack = self._thread.stack()
-        self._abandon(running)
-        text = f"over its limit of {limit:g} s; its thread is abandoned"
-        self._reporter.failed(handler.name, event, "limit", text, limit=limit, left_behind=True, stack=stack)
+        self._thread.interrupt()
+        await asyncio.wait({running}, timeout=INTERRUPT_GRACE)
+        left_behind = not running.done()
+        text = f"over its limit of {limit:g} s; " + ("its thread is abandoned" if left_behind else "it was interrupted")
+        self._thread.end()  # an interruption may still be on its way to it: the next event gets another one
+        self._thread = None
+        if left_behind:
+            self._abandon(running)
+        self._reporter.failed(handler.name, event, "limit", text, limit=limit, left_behind=left_behind, stack=stack)
         await self._stuck.wait_for_room()
 
     def close(self) -> None:
@@ -95,9 +108,6 @@ class ThreadCalls:
             self._thread = None
 
     def _abandon(self, running: asyncio.Future[Ended]) -> None:
-        assert self._thread is not None
-        self._thread.end()
-        self._thread = None
         gone: asyncio.Future[None] = self._context.loop.create_future()
         running.add_done_callback(lambda _: None if gone.done() else gone.set_result(None))
         self._stuck.add(gone)
@@ -123,6 +133,11 @@ class HandlerThread:
         assert self._thread.ident is not None
         return stack_text(sys._current_frames().get(self._thread.ident))
 
+    def interrupt(self) -> None:
+        """Have `OverLimit` raised in the thread as soon as it runs Python code."""
+        assert self._thread.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), ctypes.py_object(OverLimit))
+
     def end(self) -> None:
         """No further call; the thread ends after its present one."""
         self._work.put(None)
@@ -136,6 +151,12 @@ class HandlerThread:
 
     def _main(self) -> None:
         _be_nice()
+        try:
+            self._serve()
+        except OverLimit:  # it came after the call that it was meant for; this thread gets no further one
+            log.info("%s: interrupted between two calls", self._thread.name)
+
+    def _serve(self) -> None:
         while (work := self._work.get()) is not None:
             function, future = work
             ended = _call(function)

@@ -17,6 +17,10 @@ import msgspec
 # QEMU allows 1024 levels; half of that keeps clear of Python's own limit for recursion, which encoding runs into as well.
 MAX_NESTING: Final = 512
 
+# An object that is bigger than this so far is not looked at again before the end of its line, or a chunk that ends like an object, has
+# come: reading a long string anew with each chunk takes a time that grows with the square of its length.
+_PATIENCE: Final = 16384
+
 _INT64_MIN: Final = -(2**63)
 _UINT64_MAX: Final = 2**64 - 1
 
@@ -97,6 +101,8 @@ class JsonStream:
             quick = self._take_object()
             if quick is not None:
                 return quick
+            if self._is_long_and_unfinished():
+                return None
         while True:
             if self._recovering and not self._recover():
                 return None
@@ -122,6 +128,8 @@ class JsonStream:
         if not buffer.startswith(b"{", start):
             return None
         newline = buffer.find(b"\n", start)
+        if newline < 0 and not buffer.endswith(b"}"):
+            return None
         end = len(buffer) if newline < 0 else newline + 1
         line = buffer[start:end]
         if not line.isascii():
@@ -134,6 +142,11 @@ class JsonStream:
             return None
         self._position = end
         return Input(value)
+
+    def _is_long_and_unfinished(self) -> bool:
+        buffer, start = self._buffer, self._position
+        long = len(buffer) - start > _PATIENCE and buffer.startswith(b"{", start)
+        return long and not buffer.endswith((b"}", b"\xff")) and buffer.find(b"\n", start) < 0
 
     def _recover(self) -> bool:
         found = _RESTART.search(self._buffer, self._position)

@@ -23,8 +23,15 @@ THAW_MARGIN: Final = (
     2.0  # seconds before the request's deadline at which a freeze that is held ends; at most a fifth of the time left
 )
 
+# Safe to repeat. guest-exec-status is not: it tells the end of a process once.
 _READING: Final = frozenset(
-    {"guest-ping", "guest-info", "guest-fsfreeze-status", "guest-exec-status", "guest-network-get-interfaces"}
+    {
+        "guest-ping",
+        "guest-info",
+        "guest-fsfreeze-status",
+        "guest-network-get-interfaces",
+        "guest-ssh-get-authorized-keys",
+    }
 )
 
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ...common.definition import definition_from_toml
-from ...common.errors import ConfigError, DeadlineExceeded, Denied, MonitorFrozen, MonitorLost, NotRunning, VmloopError
+from ...common.errors import (
+    Busy,
+    ConfigError,
+    DeadlineExceeded,
+    Denied,
+    MonitorFrozen,
+    MonitorLost,
+    NotRunning,
+    VmloopError,
+)
 from ...common.states import VmState
 from .. import beginnings
 from .request import NoArguments, Request
@@ -124,6 +133,11 @@ async def resume(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
 
 async def reset(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     """Press the reset button."""
+    if app.vm.facts.get("dump", {}).get("status") == "active":
+        text = (
+            f"VM {app.name}: QEMU writes a dump of its memory, and a reset would abort QEMU now; wait for DUMP_FINISHED"
+        )
+        raise Busy(text)
     seen = asyncio.Event()
     unlisten = app.vm.events.listen(lambda event: seen.set() if event.event == "RESET" else None)
     try:
@@ -140,8 +154,8 @@ async def reset(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
 
 async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     """Let go of the VM, which runs on. If it has no definition, vmloop forgets it."""
-    del request
     if app.vm.alive:
+        await _thaw(app, request.deadline)
         app.vm.detach()
     elif app.paths.definition.exists():
         raise NotRunning(
@@ -151,6 +165,23 @@ async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     app.send_status()
     app.vm.gone.set()
     return {"name": app.name}
+
+
+async def _thaw(app: App, deadline: float) -> None:
+    """A guest that vmloop has frozen is not left so. Best effort: an agent that does not answer keeps nobody from letting go."""
+    guard = app.vm.agent.guard
+    if not guard.until:
+        return
+    thawed = asyncio.Event()
+    unlisten = guard.on_thawed(lambda _: thawed.set())
+    try:
+        guard.thaw("detached")
+        async with asyncio.timeout_at(min(deadline, app.loop.time() + SETTLE_SECONDS)):
+            await thawed.wait()
+    except TimeoutError:
+        app.log_info("detach: the guest's file systems may still be frozen: its agent has not answered")
+    finally:
+        unlisten()
 
 
 async def _ask(app: App, request: Request, command: str, intent: str, met: Any) -> dict[str, Any]:
