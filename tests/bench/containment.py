@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -17,6 +18,7 @@ from vmloop.client.session import Host
 from vmloop.client.vm import Vm
 from vmloop.common.errors import VmloopError
 from vmloop.tests.bench import faults
+from vmloop.tests.bench.guests import fresh_agent
 from vmloop.tests.bench.row import Row, times_text
 from vmloop.tests.system.site import Site
 
@@ -25,6 +27,7 @@ TURNS: Final = 5
 TURN_SECONDS: Final = 0.8 * faults.SECONDS
 REAL_BYSTANDERS: Final = 3
 SIMULATED_BYSTANDERS: Final = 50
+GUESTS: Final = 3  # booted on each side
 
 Fault = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -62,6 +65,20 @@ def contained_simulated(site: Site, host: Host) -> list[Row]:
         rows.append(_compare(vms, victim, _fault(site, host, victim), "50 simulated"))
         host.vm(victim).kill()
     return rows
+
+
+def agent_beside_frozen(site: Site, host: Host) -> list[Row]:
+    """The agent of a fresh real guest, alone, and while another VM hangs in what is done on its RESET with its QEMU frozen."""
+    site.define_real(host, "bad")
+    host.vm("bad").start()
+    alone = statistics.median(fresh_agent(site, host) for _ in range(GUESTS))
+    with faults.frozen_in_reset(host, "bad"):
+        frozen = statistics.median(fresh_agent(site, host) for _ in range(GUESTS))
+    host.vm("bad").kill()
+    figure = f"{alone:.2f} s / {frozen:.2f} s"
+    return [
+        Row(f"agent of a fresh guest, alone / beside a VM frozen in a handler, median of {GUESTS}", figure, "the same")
+    ]
 
 
 def _fault(site: Site, host: Host, victim: str) -> Fault:

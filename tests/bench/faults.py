@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from vmloop.client.session import Host
+from vmloop.client.vm import Vm
 from vmloop.common.errors import VmloopError
 from vmloop.tests.system.site import Site, signal_process, wait_for
 
@@ -107,8 +108,30 @@ def frozen(site: Site, host: Host, victim: str) -> Iterator[None]:
         assert wait_for(lambda: host.vm(victim).show().monitor == "frozen")
         yield
     finally:
-        signal_process(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # killed within the block
+            signal_process(pid, signal.SIGCONT)
         asking.join()
+
+
+@contextlib.contextmanager
+def frozen_in_reset(host: Host, victim: str) -> Iterator[None]:
+    """The victim is reset and its QEMU stopped at once, so that its worker hangs in what it does on RESET."""
+    vm = host.vm(victim)
+    pid = vm.show().pid
+    assert pid is not None
+    resetting = threading.Thread(target=_reset, args=(vm,))
+    resetting.start()
+    signal_process(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_process(pid, signal.SIGCONT)
+        resetting.join()
+
+
+def _reset(vm: Vm) -> None:
+    with contextlib.suppress(VmloopError):  # the freeze may be quicker
+        vm.reset()
 
 
 def _ask_in_vain(site: Site, victim: str) -> None:

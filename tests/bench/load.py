@@ -7,12 +7,16 @@ Prints "ready", waits for a line, works for S seconds, prints how many answers c
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from vmloop.client import connect
+
+LOAD_SECONDS: Final = 3.0
 
 
 class BareMonitor:
@@ -34,6 +38,23 @@ class BareMonitor:
     def close(self) -> None:
         self._lines.close()
         self._socket.close()
+
+
+def commands_per_second(clients: list[list[str]]) -> float:
+    """All client processes at once; each says how many answers it got."""
+    program = [sys.executable, "-m", "vmloop.tests.bench.load"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    children = [subprocess.Popen([*program, *client, str(LOAD_SECONDS)], text=True, **pipes) for client in clients]  # type: ignore[call-overload]
+    try:
+        for child in children:
+            assert child.stdout.readline() == "ready\n", f"a client did not start: {child.args}"
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        return sum(int(child.stdout.readline()) for child in children) / LOAD_SECONDS
+    finally:
+        for child in children:
+            child.communicate(timeout=LOAD_SECONDS * 10)
 
 
 def main() -> None:

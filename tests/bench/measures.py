@@ -22,14 +22,14 @@ from vmloop.client.results import VmStarted
 from vmloop.client.session import Host
 from vmloop.common.errors import VmloopError
 from vmloop.common.names import vm_name, vm_service
-from vmloop.tests.bench.containment import contained_real, contained_simulated
-from vmloop.tests.bench.load import BareMonitor
+from vmloop.tests.bench.beside_libvirt import beside_libvirt
+from vmloop.tests.bench.containment import agent_beside_frozen, contained_real, contained_simulated
+from vmloop.tests.bench.load import BareMonitor, commands_per_second
 from vmloop.tests.bench.row import Row
 from vmloop.tests.system.site import Site, signal_process, wait_for
 
 ROUNDS = 20  # turns of raw and vmloop
 PER_ROUND = 150  # commands in each
-LOAD_SECONDS = 3.0
 
 
 def round_trip(site: Site, host: Host) -> list[Row]:
@@ -65,8 +65,8 @@ def throughput(site: Site, host: Host) -> list[Row]:
     for name in names:
         site.define_real(host, name, "-qmp", f"unix:{paths[name]},server=on,wait=off")
         host.vm(name).start(paused=True)
-    raw = _commands_per_second([["raw", str(paths[name])] for name in names])
-    through = _commands_per_second([["vmloop", str(site.root), name] for name in names * 2])
+    raw = commands_per_second([["raw", str(paths[name])] for name in names])
+    through = commands_per_second([["vmloop", str(site.root), name] for name in names * 2])
     for name in names:
         host.vm(name).kill()
     return [
@@ -179,6 +179,8 @@ ALL: list[Callable[[Site, Host], list[Row]]] = [
     list_command,
     contained_real,
     contained_simulated,
+    agent_beside_frozen,
+    beside_libvirt,
 ]
 
 
@@ -192,23 +194,6 @@ def _times(call: Callable[[], object], count: int) -> list[float]:
         call()
         times.append(time.perf_counter() - begin)
     return times
-
-
-def _commands_per_second(clients: list[list[str]]) -> float:
-    """All client processes at once; each says how many answers it got."""
-    program = [sys.executable, "-m", "vmloop.tests.bench.load"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    children = [subprocess.Popen([*program, *client, str(LOAD_SECONDS)], text=True, **pipes) for client in clients]  # type: ignore[call-overload]
-    try:
-        for child in children:
-            assert child.stdout.readline() == "ready\n", f"a client did not start: {child.args}"
-        for child in children:
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        return sum(int(child.stdout.readline()) for child in children) / LOAD_SECONDS
-    finally:
-        for child in children:
-            child.communicate(timeout=LOAD_SECONDS * 10)
 
 
 def _ask_in_vain(site: Site) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 import vmloop
+from vmloop.common.definition import Definition
 from vmloop.common.settings import Settings
 
 ROOT = Path(vmloop.__file__).parent
@@ -27,10 +28,11 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda docum
 
 
 def value_of(name: str) -> float:
-    """What the code has under a name as it stands in the table."""
+    """What the code has under a name as it stands in the table; [section] key is of the settings, or of a definition."""
     if name.startswith("["):
         section, key = name[1:].split("] ")
-        return float(msgspec.to_builtins(Settings())[section][key])
+        defaults = msgspec.to_builtins(Settings()) | msgspec.to_builtins(Definition("any"))
+        return float(defaults[section][key])
     module, _, constant = name.rpartition(".")
     return float(getattr(importlib.import_module(f"vmloop.{module}"), constant))
 

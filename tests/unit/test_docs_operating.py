@@ -16,9 +16,12 @@ import vmloop
 from vmloop.broker.roster import WorkerState
 from vmloop.client.cli.base import Exit
 from vmloop.client.cli.main import FAMILY
+from vmloop.common.definition import Definition
 from vmloop.common.errors import type_of_code
+from vmloop.common.paths import VmPaths
 from vmloop.common.settings import Settings
-from vmloop.common.states import MonitorState, VmState
+from vmloop.common.states import AgentState, MonitorState, VmState
+from vmloop.worker.handlers.migration import REASONS
 from vmloop.worker.transitions import _OF_STATUS
 
 ROOT = Path(vmloop.__file__).parent
@@ -52,25 +55,45 @@ def test_every_setting_is_documented_with_its_default_and_no_other() -> None:
     assert len(table) == len(documented)
 
 
+def test_every_key_of_a_definition_is_documented_with_its_default_and_no_other() -> None:
+    _, *table = rows(between("## Definitions", "## Handlers and hooks"))
+    documented = {key: json.loads(default) for key, default, _ in table if default != "required"}
+    keys = flat(msgspec.to_builtins(Definition("any")))
+    assert [row[0] for row in table] == list(keys)
+    assert documented == {key: value for key, value in keys.items() if key != "name"}
+
+
+def test_every_file_of_a_vm_is_in_the_table() -> None:
+    paths = VmPaths(Path("run"), Path("state"))
+    files = [value for name in vars(VmPaths) if isinstance(value := getattr(paths, name), Path) and value.parent.name]
+    named = between("## Directories and files", "## Settings")
+    missing = {file.name for file in (*files, paths.carry(0), paths.carry(1)) if f"{file.name}`" not in named}
+    assert missing == set()
+
+
 @pytest.mark.parametrize(
     ("start", "end", "states"),
     [
         ("**STATE** of the VM:", "**MONITOR**:", VmState),
-        ("**MONITOR**:", "AGENT is", MonitorState),
+        ("**MONITOR**:", "**AGENT**,", MonitorState),
+        ("**AGENT**,", "**WORKER**:", AgentState),
         ("**WORKER**:", "## The logs", WorkerState),
     ],
-    ids=["VM", "monitor", "worker"],
+    ids=["VM", "monitor", "agent", "worker"],
 )
 def test_every_state_is_documented_and_no_other(start: str, end: str, states: type[Enum]) -> None:
     _, *table = rows(between(start, end))
     assert [row[0] for row in table] == [state.value for state in states]
 
 
-def test_the_reasons_of_query_status_are_documented() -> None:
+def test_the_reasons_of_query_status_and_of_migrations_are_documented() -> None:
     _, *table = rows(between("**STATE** of the VM:", "**MONITOR**:"))
     documented = {row[0]: set(row[1].split(", ")) for row in table}
     for move in _OF_STATUS.values():
         assert move.reason in documented[move.state.value]
+    for reasons in REASONS.values():
+        for state, reason in reasons.items():
+            assert reason in documented[state.value]
 
 
 def test_every_exit_code_is_documented_and_no_other() -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 import types
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any, Final
 
@@ -21,6 +24,7 @@ from .lane import Stuck
 from .naming import TaskNames, call_task
 from .registry import Handler
 from .report import Reporter, TokenBucket, error_text, frames_text, trace_text
+from .throttle import LoopThrottle, OverLimit
 from .view import AsyncVm
 
 log = logging.getLogger(__name__)
@@ -44,8 +48,10 @@ class AsyncCalls:
         reporter: Reporter,
         emits: TokenBucket,
         on_replace: Callable[[str], None],
+        throttle: LoopThrottle,
         cancel_grace: float = CANCEL_GRACE,
     ) -> None:
+        self._throttle = throttle
         self._context = context
         self._names = names
         self._reporter = reporter
@@ -58,7 +64,7 @@ class AsyncCalls:
         """Make one call; returns when it has ended or was given up."""
         limit = handler.limit or default_limit(self._context)
         subject = self._context if handler.trusted else AsyncVm(self._context, event.epoch, limit, self._emits)
-        call = _Call(handler, subject, event, self._names)
+        call = _Call(handler, subject, event, self._names, self._throttle, time.monotonic() + limit)
         task = self._context.loop.create_task(call.run(), name=call.task)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -68,7 +74,12 @@ class AsyncCalls:
             task.cancel()
             raise
         if task.done():
-            if call.error:
+            if call.over_limit:
+                text = f"over its limit of {limit:g} s; it was interrupted"
+                self._reporter.failed(
+                    handler.name, event, "limit", text, limit=limit, left_behind=False, stack=call.traceback
+                )
+            elif call.error:
                 self._reporter.failed(handler.name, event, "raised", call.error, traceback=call.traceback)
             return
         stack = call.stack()
@@ -85,7 +96,11 @@ class AsyncCalls:
 class _Call:
     """One call of one handler. Whatever it raises ends here: a SystemExit in a task would end the worker's loop."""
 
-    def __init__(self, handler: Handler, subject: object, event: Event, names: TaskNames) -> None:
+    def __init__(
+        self, handler: Handler, subject: object, event: Event, names: TaskNames, throttle: LoopThrottle, until: float
+    ) -> None:
+        self._throttle = throttle
+        self._until = until
         self._handler = handler
         self._subject = subject
         self._event = event
@@ -94,13 +109,16 @@ class _Call:
         self.task = call_task("shipped" if handler.trusted else "handler", handler.name, event)
         self.error = ""
         self.traceback = ""
+        self.over_limit = False
 
     async def run(self) -> None:
         try:
             self._coroutine = self._handler.function(self._subject, self._event)
-            await _by_steps(self._coroutine, self._names, self.task)
+            throttle = nullcontext if self._handler.trusted else partial(self._throttle.step, self._until)
+            await _by_steps(self._coroutine, self._names, self.task, throttle)
         except BaseException as error:  # noqa: BLE001 - the caller reports it; a cancelled call is over as well
             self.error, self.traceback = error_text(error), trace_text(error)
+            self.over_limit = isinstance(error, OverLimit)
         finally:
             self._coroutine = None
 
@@ -122,14 +140,20 @@ class _Call:
 
 
 @types.coroutine
-def _by_steps(coroutine: Coroutine[Any, Any, object], names: TaskNames, task: str) -> Generator[Any, Any, None]:
+def _by_steps(
+    coroutine: Coroutine[Any, Any, object],
+    names: TaskNames,
+    task: str,
+    throttle: Callable[[], AbstractContextManager[None]],
+) -> Generator[Any, Any, None]:
     """`await coroutine`, with the page saying `task` while it runs, and only then. Two stores into the page for each step."""
     thrown: BaseException | None = None
     sent: Any = None
     while True:
         names.enter(task)
         try:
-            awaited = coroutine.throw(thrown) if thrown is not None else coroutine.send(sent)
+            with throttle():
+                awaited = coroutine.throw(thrown) if thrown is not None else coroutine.send(sent)
         except StopIteration:
             return
         finally:

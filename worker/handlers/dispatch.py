@@ -27,6 +27,7 @@ from .naming import TaskNames, TaskPage
 from .registry import ANY_EVENT, Handler, LoadFailure
 from .report import Reporter, TokenBucket
 from .thread import ThreadCalls
+from .throttle import LoopThrottle
 from .view import EMITS_AT_ONCE, EMITS_PER_SECOND
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,10 @@ class Dispatcher:
         names = TaskNames(page)
         self._reporter = Reporter(context)
         emits = TokenBucket(EMITS_PER_SECOND, EMITS_AT_ONCE, loop.time)
-        self._on_loop = [AsyncCalls(context, names, self._reporter, emits, on_replace) for _ in range(2)]
+        self._throttle = LoopThrottle()
+        self._on_loop = [
+            AsyncCalls(context, names, self._reporter, emits, on_replace, self._throttle) for _ in range(2)
+        ]
         self._thread = ThreadCalls(context, names, self._reporter, emits, on_replace)
         self._hook_calls = HookCalls(context, names, self._reporter, on_replace, environment)
         shipped = Lane(loop, self._on_loop[0].call, pending, self._on_dropped)
@@ -119,6 +123,7 @@ class Dispatcher:
                 task.cancel()
             waiting |= calls.tasks
         self._thread.close()
+        self._throttle.close()
         if waiting:
             _, left = await asyncio.wait(waiting, timeout=CLOSE_SECONDS)
             for late in left:

@@ -33,6 +33,7 @@ from .lane import Stuck
 from .naming import TaskNames, call_task
 from .registry import Handler
 from .report import Reporter, TokenBucket, error_text, stack_text, trace_text
+from .throttle import FREE, OverLimit, ThreadThrottle
 from .view import SyncVm
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,6 @@ THREAD_NICE: Final = 10
 INTERRUPT_GRACE: Final = 0.25  # seconds that an interrupted handler has to clean up
 
 Function = Callable[[], object]
-
-
-class OverLimit(BaseException):
-    """Raised inside of a handler that is over its time limit."""
 
 
 class Ended(NamedTuple):
@@ -81,7 +78,7 @@ class ThreadCalls:
         self._names.rest_in(call_task("thread", handler.name, event))
         try:
             running = self._thread.run(lambda: handler.function(view, event))
-            await asyncio.wait({running}, timeout=limit)
+            await self._wait(running, self._thread, limit)
         finally:
             self._names.rest_in()
         if running.done():
@@ -100,6 +97,15 @@ class ThreadCalls:
             self._abandon(running)
         self._reporter.failed(handler.name, event, "limit", text, limit=limit, left_behind=left_behind, stack=stack)
         await self._stuck.wait_for_room()
+
+    async def _wait(self, running: asyncio.Future[Ended], thread: HandlerThread, limit: float) -> None:
+        """Until the call has ended or its time is over. One that computes for long is held back."""
+        until = self._context.loop.time() + limit
+        throttle, pause = thread.throttle(), FREE
+        while not running.done() and (left := until - self._context.loop.time()) > 0:
+            await asyncio.wait({running}, timeout=min(pause, left))
+            if not running.done():
+                pause = throttle.hold_back()
 
     def close(self) -> None:
         """Let the thread end after what it does now; it is a daemon and holds nothing up."""
@@ -127,6 +133,10 @@ class HandlerThread:
         future: asyncio.Future[Ended] = self._loop.create_future()
         self._work.put((function, future))
         return future
+
+    def throttle(self) -> ThreadThrottle:
+        """For the call that has just begun."""
+        return ThreadThrottle(self._thread)
 
     def stack(self) -> str:
         """Where the thread is."""
