@@ -7,6 +7,7 @@ The guests are simulated; tests/system/test_guest.py floods from a real one.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from vmloop.client.session import Host
@@ -145,7 +146,7 @@ def test_floods_and_flapping_ports_cost_little_and_pass(site: Site, host: Host, 
         assert wait_for(lambda: not answers(flooding))  # it does until the allowance is spent
         for _ in range(3):
             assert not answers(flooding)
-    assert flooding.show().agent == "unresponsive"
+    assert any(reason.startswith("unresponsive") for reason in agent_reasons(flooding))
     assert flooding.qmp("query-status")["status"] == "running"
     lasted = time.monotonic() - began
     flooding.qmp("x-simulate", OVER)
@@ -156,13 +157,14 @@ def test_floods_and_flapping_ports_cost_little_and_pass(site: Site, host: Host, 
         for vm in shaking:
             vm.qmp("x-simulate", {"agent_flapping": FLAP})
         for vm in shaking:
-            assert wait_for(lambda vm=vm: "flapping" in told_of(vm), SECONDS)
+            assert wait_for(partial(is_left_alone, vm), SECONDS)
     for vm in shaking:
         vm.qmp("x-simulate", OVER)
 
     for vm in (flooding, flapping, theirs):
+        # Not `ready` at once: what may be spent on reading a guest that flooded comes back bit by bit.
+        assert wait_for(partial(answers, vm), SECONDS), vm.name
         assert is_ready(vm), vm.name
-        assert vm.agent("guest-ping") == {}
     assert used.peak < 4 * MIB
     for vm, spent in shaking.items():
         assert spent.cpu < 1.0, vm.name
@@ -174,16 +176,16 @@ def answers(vm: Vm) -> bool:
     """Whether its agent answers in time."""
     try:
         return bool(vm.agent("guest-ping") == {})
-    except AgentUnresponsive:
+    except (AgentAbsent, AgentUnresponsive):
         return False
 
 
-def told_of(vm: Vm) -> str:
-    """Why the agent cannot be asked; nothing while it can."""
+def is_left_alone(vm: Vm) -> bool:
+    """Whether its port flaps so much that it is not opened for a while."""
     try:
         vm.agent("guest-ping")
     except AgentAbsent as absent:
-        return absent.message
+        return "flapping" in absent.message
     except VmloopError:
-        return ""  # it was there for a moment
-    return ""
+        return False  # it was there for a moment
+    return False

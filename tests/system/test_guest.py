@@ -147,7 +147,7 @@ def test_an_agent_is_waited_for_found_by_its_port_and_gone_with_its_guest(house:
     assert absent.value.fields["sent"] is False
     assert connections(house.site.paths.vm(vm.name).agent_socket) == 0  # nothing is said to a guest that boots
     with vm.events(since=Cursor(1, 0)) as events:
-        told = []
+        told: list[str] = []
         while told[-1:] != ["ready"]:
             event = events.get(BOOT)
             assert event is not None, told
@@ -156,7 +156,7 @@ def test_an_agent_is_waited_for_found_by_its_port_and_gone_with_its_guest(house:
         assert told == ["waiting", "the port is open", "syncing", "ready"]
         assert connections(house.site.paths.vm(vm.name).agent_socket) == 1
         assert vm.agent("guest-shutdown", {"mode": "powerdown"}) == {}
-        assert events.wait_for("SHUTDOWN", 0.0 + SECONDS).data == {"guest": True, "reason": "guest-shutdown"}
+        assert events.wait_for("SHUTDOWN", SECONDS).data == {"guest": True, "reason": "guest-shutdown"}
     ended = vm.wait("shutoff", timeout=SECONDS)
     assert (ended.reason, vm_state(house, "short").agent) == ("shutdown", "absent")
     with pytest.raises(NotRunning):
