@@ -210,7 +210,8 @@ class Crew:
             return
         vm.worker.move(WorkerState.LOST, why)
         delay = delay_before_restart(vm.deaths, self._settings.restart)
-        if delay:
+        kill = any(entry.op == "kill" for entry in self._inflight.of_vm(vm.name))  # which waits for no delay
+        if delay and not kill:
             vm.due = now + delay
             self._watches.add(vm.name)
         else:

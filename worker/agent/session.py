@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections import deque
 from typing import Any, Final, Protocol
 
 import tenacity
@@ -31,8 +30,6 @@ CHUNKS: Final = 4  # in one turn of the loop
 IDLE_CHUNK: Final = 4 * 1024  # bytes of one turn while nothing is owed: nobody waits for what comes
 IDLE_LINE: Final = 64 * 1024  # bytes of a line that are kept then
 FAILED_SYNCS: Final = 3  # in a row: the connection itself is suspected
-FLOOD_PAUSES: Final = 3  # one right after the other: the connection is closed
-CALM: Final = 10.0  # seconds without a pause that end a flood
 
 # Between syncs that nobody asks for: an agent that is silent is looked after less and less often.
 _sync_again: Final = tenacity.wait_exponential(multiplier=1.0, max=60.0)
@@ -94,7 +91,6 @@ class AgentSession:
         self._asked = 0.0  # when the newest one was sent
         self._asking_again: asyncio.TimerHandle | None = None
         self._paused: asyncio.TimerHandle | None = None
-        self._pauses: deque[float] = deque(maxlen=FLOOD_PAUSES)  # when reading went on after each
         self._unsettled = 0.0  # what was spent on the unfinished line
         self._ended = False
 
@@ -110,7 +106,9 @@ class AgentSession:
         return len(self._waiting) + (self._current is not None)
 
     def submit(self, command: AgentCommand) -> None:
-        """Send a command, or put it in line; its `done` is called once. Raises `Busy`."""
+        """Send a command, or put it in line; its `done` is called once. Raises `Busy`, `AgentUnresponsive`."""
+        if self._paused is not None:
+            raise not_in_step(command, "the guest floods its agent's port, which is not read for now")
         if self.queued >= MAX_WAITING:
             raise Busy(f"{command.name}: {self.queued} commands wait for this VM's guest agent; try again later")
         command.queued = self._loop.time()
@@ -162,10 +160,9 @@ class AgentSession:
         self._write(command.text)
 
     def _sync(self) -> None:
-        for timer in (self._asking, self._asking_again):
-            if timer is not None:
-                timer.cancel()
-        self._asking_again = None
+        if self._paused is not None:
+            return
+        self._stop_asking()
         self._asked = self._loop.time()
         self._asking = self._loop.call_later(self._timeout, self._sync_unanswered)
         text = self._conversation.sync()
@@ -333,21 +330,27 @@ class AgentSession:
     # -- floods ---------------------------------------------------------------------------------------------------------------
 
     def _pause(self, now: float) -> None:
-        """Leave the guest's bytes in the socket; its own writes will soon wait."""
+        """Leave the guest's bytes in the socket: its own writes will soon wait. After that the connection is opened anew, without them."""
         self._loop.remove_reader(self._socket)
         seconds = self._standing.allowance.pause(now)
-        if self._pauses and now - self._pauses[-1] > CALM:
-            self._pauses.clear()
-        self._pauses.append(now + seconds)
-        if len(self._pauses) == FLOOD_PAUSES:
-            self._end(f"the guest floods its agent's port ({self._standing.noise} lines that answer nothing)")
-            return
-        log.warning("guest agent: not read for %.1f s: %d lines answered nothing", seconds, self._standing.noise)
-        self._paused = self._loop.call_later(seconds, self._go_on)
+        noise = self._standing.noise
+        reason = (
+            f"the guest floods its agent's port ({noise} lines that answer nothing); it is not read for {seconds:.0f} s"
+        )
+        log.warning("guest agent: %s", reason)
+        self._paused = self._loop.call_later(seconds, self._end, "opened anew after a flood")
+        self._stop_asking()
+        self._conversation.synced = False
+        self._listener.on_state(AgentState.UNRESPONSIVE, reason)
+        waiting, self._waiting = self._waiting, {}
+        for command in waiting.values():
+            self._answer(command, None, not_in_step(command, reason))
 
-    def _go_on(self) -> None:
-        self._paused = None
-        self._loop.add_reader(self._socket, self._readable)
+    def _stop_asking(self) -> None:
+        for timer in (self._asking, self._asking_again):
+            if timer is not None:
+                timer.cancel()
+        self._asking = self._asking_again = None
 
     # -- time -----------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's memory in a file, with progress: state/vms/NAME/dump-EPOCH-SEQ.kdump, or .elf. Used by crash.py.
 
-    DUMP_STARTED {path, format, total} … DUMP_PROGRESS {completed, total, percent} … DUMP_FINISHED {path, bytes, error?}      fact `dump`
+    DUMP_STARTED {path, format} … DUMP_PROGRESS {completed, total, percent} … DUMP_FINISHED {path, bytes, error?}      fact `dump`
 
 QEMU writes it on a thread of its own (`detach`) and stops a guest that runs meanwhile; it offers no event of its progress, so query-dump
 is asked each second until the dump is over or its time is. Seen on QEMU 7.2: STOP comes before the reply, RESUME after DUMP_COMPLETED;
