@@ -272,7 +272,8 @@ class Core:
     def on_client_gone(self, identity: bytes) -> None:
         """A client is not there any more: the workers that have its requests hear of it, and some requests end with their caller."""
         for entry in self.inflight:
-            if entry.client == identity and entry.sent_to is not None:
+            if entry.client == identity and entry.sent_to is not None and not entry.cancelled:
+                entry.cancelled = True
                 cancel = encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number))
                 self.actions.append(ToWorker(entry.sent_to, cancel, 0))
 

@@ -138,7 +138,7 @@ class HostCore(Core):
 
     def _blocked(self, vm: VmEntry) -> float:
         """For how long the worker's loop has been held up; a worker that is gone holds up nobody."""
-        return self._looker.blocked(vm.name) if vm.worker_pid is not None else 0.0
+        return self._looker.blocked(vm.name, vm.worker_pid) if vm.worker_pid is not None else 0.0
 
     # -- looking ------------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class Entry(msgspec.Struct):
     sent_to: bytes | None = None
     spawns: bool = False  # an operation that may need a worker to be made for it
     waits_for: str | None = None  # state that `wait` waits for
+    cancelled: bool = False  # its worker has heard that its client is gone
 
 
 class InFlight:

@@ -17,10 +17,11 @@ class ProcLooker:
         self._paths = paths
         self._pages: dict[VmName, Page] = {}
 
-    def blocked(self, name: VmName) -> float:
-        """Seconds for which the worker's loop has been in one turn; 0.0 if it sleeps or has no page."""
+    def blocked(self, name: VmName, pid: int | None) -> float:
+        """Seconds for which the loop of this worker has been in one turn; 0.0 if it sleeps, has no page, or the page is not its own yet."""
         try:
-            seconds = self._page(name).blocked_seconds()
+            page = self._page(name)
+            seconds = page.blocked_seconds() if page.words[Word.WORKER_PID] == pid else 0.0
         except (OSError, PageDamaged):
             return 0.0
         return seconds if seconds >= 0.1 else 0.0  # a loop at work is not held up

@@ -34,7 +34,7 @@ KILL_PATIENCE: Final = 0.15
 class Looker(Protocol):
     """What the broker may look at without waiting: status pages and /proc. Implemented by looker.py."""
 
-    def blocked(self, name: VmName) -> float: ...
+    def blocked(self, name: VmName, pid: int | None) -> float: ...
     def task(self, name: VmName) -> str: ...
     def stopped(self, pid: int | None) -> bool: ...
     def process(self, pid: int | None) -> dict[str, Any] | None: ...
@@ -97,8 +97,9 @@ class Watch:
         seconds = self._held_up(vm, now)
         if seconds >= self._settings.blocked_after:
             if self._told.get(vm.name) != vm.worker_pid:
+                # Told first, and looked at again: a host that stood still as a whole has no worker to blame.
                 self._tell_blocked(vm, seconds)
-            if seconds >= self._settings.blocked_limit and not vm.exited:
+            elif seconds >= self._settings.blocked_limit and not vm.exited:
                 self._replace(vm, f"its loop has been held up for {seconds:.1f} s")
         elif self._told.pop(vm.name, None) is not None:
             log.warning("VM %s: its worker (pid %d) moves again", vm.name, vm.worker_pid or 0)
@@ -106,7 +107,7 @@ class Watch:
 
     def _held_up(self, vm: VmEntry, now: float) -> float:
         """Seconds for which the worker has not got on."""
-        seconds = self._looker.blocked(vm.name)
+        seconds = self._looker.blocked(vm.name, vm.worker_pid)
         if seconds or not self._waits_long(vm, now) or not self._looker.stopped(vm.worker_pid):
             self._stopped_since.pop(vm.name, None)
             return seconds
@@ -134,8 +135,11 @@ class Watch:
                 del self._kills[number]
             elif due <= now:
                 self._kills[number] = now + KILL_PATIENCE
-                stuck = self._looker.blocked(vm.name) >= KILL_PATIENCE / 2 or self._looker.stopped(vm.worker_pid)
-                if vm.worker.state in (WorkerState.READY, WorkerState.STARTING) and not vm.exited and stuck:
+                stuck = self._looker.blocked(vm.name, vm.worker_pid) >= KILL_PATIENCE / 2 or self._looker.stopped(
+                    vm.worker_pid
+                )
+                held = (WorkerState.READY, WorkerState.STARTING, WorkerState.LEAVING)
+                if vm.worker.state in held and not vm.exited and stuck:
                     self._replace(vm, "it does not take up a kill")
 
     def _replace(self, vm: VmEntry, why: str) -> None:

@@ -170,6 +170,7 @@ class Zygote:
     # -- children -----------------------------------------------------------------------------------------------------------
 
     def _fork(self, packet: Fork, connection: socket.socket) -> None:
+        self._reap()  # how the worker before this one ended is told to the new one
         try:
             spec = msgspec.msgpack.decode(packet.spec, type=WorkerSpec)
             pid = os.fork()

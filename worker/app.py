@@ -20,7 +20,16 @@ import msgspec
 import zmq
 
 from ..common.definition import definition_from_toml
-from ..common.errors import BadRequest, DeadlineExceeded, Internal, NotRunning, TooLarge, VmloopError
+from ..common.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    NotRunning,
+    OutcomeUnknown,
+    TooLarge,
+    VmloopError,
+    WorkerLost,
+)
 from ..common.names import VmName, vm_service
 from ..common.pack import MAX_MESSAGE_BYTES, pack
 from ..common.page import Page, Word
@@ -124,6 +133,7 @@ class App:
             await self.handling.leave()
         else:
             await self.handling.end(LAST_HANDLERS_SECONDS)
+        await self._answer_last()  # a kill that came meanwhile
         self._page.words[Word.LEFT] = 1
         self._page.idle()
         if self.definition is None and self.vm.run is None:
@@ -190,8 +200,13 @@ class App:
             log.warning("the broker sent %s %r, which no worker takes", message.kind.name, message.op)
 
     def _on_request(self, message: Message) -> None:
-        if self.vm.gone.is_set() or self._ask_to_leave.is_set():
+        if self.vm.gone.is_set():
             return  # not taken up: after our goodbye the broker gives it to the next worker, or answers it
+        if self._ask_to_leave.is_set() and message.op != "kill":
+            if not message.reading:  # which the broker asks the next worker
+                text = f"VM {self.name}: its worker makes way for another one; '{message.op}' was not begun, try again"
+                self._reply(message.id, Kind.ERROR, pack(WorkerLost(text).to_wire()), self.loop.time())
+            return
         now = self._last_request = self.loop.time()
         request = Request(
             number=message.id,
@@ -269,7 +284,9 @@ class App:
             text = f"VM {self.name}: {request.op} has not ended in time; what was begun may still take effect"
             self._finish(request, None, DeadlineExceeded(text))
         except asyncio.CancelledError:
-            self._finish(request, None, NotRunning(f"VM {self.name}: the worker ends; {request.op} was given up"))
+            text = f"VM {self.name}: the worker ends; {request.op} was given up"
+            end = OutcomeUnknown(f"{text}; look at the VM before you repeat it") if self.vm.alive else NotRunning(text)
+            self._finish(request, None, end)
             raise
         except Exception as error:  # the edge of every verb: a defect costs this request, not the VM's worker
             log.exception("VM %s: %s (request %d) failed", self.name, request.op, request.number)

@@ -83,25 +83,25 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         raise
     epoch = vm.begin_run("attached")
     vm.note(Fact.ATTACHED)
-    vm.save(
-        Run(
-            epoch=epoch,
-            boot_id=boot_id(),
-            started=time.time(),
-            process=found.process.identity if found.process else None,
-            monitor=qmp,
-            agent=agent,
-            launched=False,
-            may_kill=found.may_kill,
-        )
+    run = Run(
+        epoch=epoch,
+        boot_id=boot_id(),
+        started=time.time(),
+        process=found.process.identity if found.process else None,
+        monitor=qmp,
+        agent=agent,
+        launched=False,
+        may_kill=found.may_kill,
     )
-    if found.process is not None:
-        vm.hold(found.process)
-    vm.agent.begin(agent, AgentSection(enabled=agent is not None), None)
     try:
+        vm.save(run)
+        if found.process is not None:
+            vm.hold(found.process)
+        vm.agent.begin(agent, AgentSection(enabled=agent is not None), None)
         handling.begin(None)
         await vm.bring_up(connection, min(deadline, vm.loop.time() + vm.settings.launch))
-    except VmloopError as error:
+    except (VmloopError, OSError) as error:
+        connection.close()
         vm.let_go()
         vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
         raise

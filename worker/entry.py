@@ -71,7 +71,7 @@ def run_worker(spec: WorkerSpec, kept: dict[str, int], last_exit: int | None = N
             return WorkerExit.LOCKED
         limit_memory(spec.settings.worker.memory_limit)
         stack = StackFile(vm_paths.stack)
-        page, predecessor = _open_page(vm_paths, stack.left, last_exit)
+        page, predecessor = _open_page(vm_paths, stack, last_exit)
         stack.arm()
         try:
             return _serve(name, paths, spec.settings, page, kept, predecessor, stack, lock)
@@ -130,7 +130,7 @@ def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
             log.error("a task of a handler tried to end the worker: %r", error)
 
 
-def _open_page(paths: VmPaths, stack: str, last_exit: int | None) -> tuple[Page, Predecessor]:
+def _open_page(paths: VmPaths, stack: StackFile, last_exit: int | None) -> tuple[Page, Predecessor]:
     """The VM's page, with this worker's identity on it, and what it said of the worker before.
 
     A damaged one is replaced: it holds nothing that cannot be asked again.
@@ -141,11 +141,12 @@ def _open_page(paths: VmPaths, stack: str, last_exit: int | None) -> tuple[Page,
         log.warning("%s; it is replaced", error)
         paths.page.unlink()
         page = Page(paths.page, writable=True)
+    crashed = last_exit is not None and last_exit < 0 and last_exit != -signal.SIGKILL
     predecessor = Predecessor(
         incarnation=page.words[Word.INCARNATION],
         in_order=bool(page.words[Word.LEFT]),
         task=page.task(),
-        stack=stack,
+        stack=stack.left if crashed or stack.left_age <= page.blocked_seconds() else "",  # else of an earlier trouble
         exit=last_exit,
     )
     page.doing("")

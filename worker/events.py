@@ -28,6 +28,9 @@ Origin = Literal["qmp", "agent", "vmloop"]
 # QEMU's own are far below; a message of the wire must hold one, and a worker's memory the recent ones. Of a larger one the size is told.
 MAX_EVENT_BYTES: Final = 256 * 1024
 
+# All that are kept in memory, as packed; unpacked they may take many times as much.
+MAX_RECENT_BYTES: Final = 4 * 1024 * 1024
+
 _DONE_BITS: Final = 24
 _DONE_MASK: Final = (1 << _DONE_BITS) - 1
 _SEQ_MASK: Final = (1 << (64 - _DONE_BITS)) - 1
@@ -65,7 +68,9 @@ class EventLog:
         self._service = vm_service(name)
         self._words = page.words
         self._publish = publish
-        self._recent: deque[Event] = deque(maxlen=keep)
+        self._recent: deque[tuple[Event, int]] = deque()  # with the size of each
+        self._recent_limit = keep
+        self._recent_bytes = 0
         self._listeners: list[Callable[[Event], None]] = []
         self._seq = self._words[Word.PROGRESS] >> _DONE_BITS & _SEQ_MASK
         self._in_line = False
@@ -97,7 +102,7 @@ class EventLog:
         if len(body) > MAX_EVENT_BYTES:
             made = msgspec.structs.replace(made, data={"too_large": len(body)})
             body = pack(made.to_wire())
-        self._recent.append(made)
+        self._keep(made, len(body))
         self._publish(
             encode(
                 Message(
@@ -123,7 +128,14 @@ class EventLog:
 
     def since(self, cursor: Cursor) -> Iterable[Event]:
         """What is still kept of the events after a cursor, oldest first."""
-        return [event for event in self._recent if (event.epoch, event.seq) > cursor]
+        return [event for event, _ in self._recent if (event.epoch, event.seq) > cursor]
+
+    def _keep(self, event: Event, size: int) -> None:
+        self._recent.append((event, size))
+        self._recent_bytes += size
+        while len(self._recent) > self._recent_limit or self._recent_bytes > MAX_RECENT_BYTES:
+            _, forgotten = self._recent.popleft()
+            self._recent_bytes -= forgotten
 
     # -- kept in step with the reading of the monitor (worker/qmp/framing.py) --------------------------------------------
 

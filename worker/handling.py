@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..common.cursor import Cursor
 from ..common.definition import Definition
 from ..common.errors import ConfigError
@@ -20,11 +22,14 @@ from ..common.page import Page
 from ..common.paths import VmPaths
 from ..common.states import AgentState, VmState
 from .events import Event
+from .handlers.context import VmContext
 from .handlers.dispatch import Dispatcher
 from .handlers.naming import TaskNames
+from .handlers.pending import EVENTS as PENDING_EVENTS
+from .handlers.pending import Pending
 from .handlers.power import prepare
 from .handlers.quarantine import Quarantine
-from .handlers.registry import Loaded, LoadFailure, load_directory
+from .handlers.registry import Handler, Loaded, LoadFailure, load_directory
 from .handlers.shipped import shipped_handlers
 from .predecessor import Predecessor
 from .vm import Vm
@@ -43,6 +48,7 @@ class Handling:
         self._on_replace = on_replace
         self._definition: Definition | None = None
         self._dispatcher: Dispatcher | None = None
+        self._pending: Pending | None = None
         self._unlisten: Callable[[], None] | None = None
 
     # -- start, run, stop -----------------------------------------------------------------------------------------------------
@@ -60,17 +66,51 @@ class Handling:
         self._dispatcher = Dispatcher(
             self,
             self._page,
-            [*shipped_handlers(), *loaded.handlers],
+            [*(self._struck_out(handler) for handler in shipped_handlers()), *loaded.handlers],
             on_replace=self._on_replace,
             hooks=self._etc / "hooks.d",
             quarantined=quarantine.holds,
         )
         self._dispatcher.report(loaded.failures)
+        self._pending = Pending(self.paths.run, self.epoch)
+        for event in self._pending.events:  # that a worker before this one did not handle to its end
+            log.info("VM %s: %s %d is handled again", self.name, event.event, event.seq)
+            self._dispatcher.dispatch(event, only_shipped=True)
         for event in self._vm.events.since(
             Cursor(self.epoch, 0)
         ):  # that the run has begun, and what the worker before this one came to
-            self._dispatcher.dispatch(event)
-        self._unlisten = self._vm.events.listen(self._dispatcher.dispatch)
+            self._on_event(event)
+        self._unlisten = self._vm.events.listen(self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        assert self._dispatcher is not None
+        assert self._pending is not None
+        self._pending.add(event)
+        self._dispatcher.dispatch(event)
+
+    def _struck_out(self, handler: Handler) -> Handler:
+        """A shipped handler whose events are pending until it has come to its end, well or not; a worker that ends leaves them so."""
+        if not handler.events & PENDING_EVENTS:
+            return handler
+        call = handler.function
+
+        async def to_its_end(vm: VmContext, event: Event) -> None:
+            try:
+                await call(vm, event)
+            except asyncio.CancelledError:
+                if self._dispatcher is not None and self._unlisten is not None and self._pending is not None:
+                    self._pending.done(event)  # its limit is over; not this worker's time
+                raise
+            except BaseException:
+                self._strike_out(event)
+                raise
+            self._strike_out(event)
+
+        return msgspec.structs.replace(handler, function=to_its_end)
+
+    def _strike_out(self, event: Event) -> None:
+        if self._pending is not None:
+            self._pending.done(event)
 
     def _load(self, quarantine: Quarantine, *, goes_on: bool) -> Loaded:
         directory = self._etc / "handlers"

@@ -97,7 +97,7 @@ def boot_id() -> str:
 
 def clear_run_directory(directory: Path) -> None:
     """Remove what a run leaves in its run directory, but not the lock and the page, which belong to the worker."""
-    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1"):
+    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "handlers.json", "pending.json"):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Final
 
@@ -25,10 +27,12 @@ class StackFile:
         """Open it, and read what a predecessor has left: `left`. Raises OSError."""
         # Opened for appending: the dumps are written from signal handlers, and the file is emptied between them.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.left_age = time.time() - os.fstat(self._fd).st_mtime  # seconds since it was written
         self.left = self.take()
 
     def arm(self) -> None:
         """From now on the signal, and a crash, write here."""
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # what `close` brings back: the signal may be on its way then
         faulthandler.enable(self._fd, all_threads=True)
         faulthandler.register(STACK_SIGNAL, self._fd, all_threads=True, chain=False)
 

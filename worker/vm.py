@@ -433,6 +433,8 @@ class Vm:
     def leave(self) -> None:
         """The worker ends and the VM runs on: everything stays as it is for the next worker."""
         self.agent.close("the worker ends", over=False)
+        if self.session is not None:
+            self.loop.remove_reader(self.session.fileno())  # what comes from here on is the next worker's
         if self._reconnecting is not None:
             self._reconnecting.cancel()
 

@@ -43,7 +43,7 @@ class FakeLooker:
         self.stopped_pids: set[int] = set()
         self.looked_at: list[str | int] = []
 
-    def blocked(self, name: VmName) -> float:
+    def blocked(self, name: VmName, pid: int | None) -> float:
         self.looked_at.append(name)
         return self.blocked_for.get(name, 0.0)
 

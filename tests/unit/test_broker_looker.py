@@ -42,46 +42,55 @@ def page(paths: Paths) -> Iterator[Page]:
 
 
 def busy_since(page: Page, seconds: float) -> None:
+    page.words[Word.WORKER_PID] = 77
     page.words[Word.BUSY_SINCE] = time.monotonic_ns() - int(seconds * SECOND)
 
 
 def test_a_vm_without_a_page_is_not_held_up(looker: ProcLooker) -> None:
-    assert looker.blocked(WEB1) == 0.0
-    assert looker.blocked(VmName("nobody")) == 0.0
+    assert looker.blocked(WEB1, 77) == 0.0
+    assert looker.blocked(VmName("nobody"), 77) == 0.0
 
 
 @pytest.mark.parametrize("content", [b"", b"foreign", bytes(4096)])
 def test_a_damaged_page_is_no_error(paths: Paths, looker: ProcLooker, content: bytes) -> None:
     paths.vm(WEB1).page.write_bytes(content)
-    assert looker.blocked(WEB1) == 0.0
+    assert looker.blocked(WEB1, 77) == 0.0
 
 
 def test_a_loop_is_held_up_for_as_long_as_it_has_been_in_one_turn(looker: ProcLooker, page: Page) -> None:
     busy_since(page, 12.0)
-    assert 12.0 <= looker.blocked(WEB1) < 20.0
+    assert 12.0 <= looker.blocked(WEB1, 77) < 20.0
     page.idle()
-    assert looker.blocked(WEB1) == 0.0
+    assert looker.blocked(WEB1, 77) == 0.0
+
+
+def test_what_an_earlier_worker_left_on_the_page_is_not_held_against_the_next_one(
+    looker: ProcLooker, page: Page
+) -> None:
+    busy_since(page, 12.0)
+    assert looker.blocked(WEB1, 78) == 0.0
+    assert looker.blocked(WEB1, None) == 0.0
 
 
 def test_a_loop_at_work_is_not_held_up(looker: ProcLooker, page: Page) -> None:
     page.busy("a short step")
-    assert looker.blocked(WEB1) == 0.0
+    assert looker.blocked(WEB1, 77) == 0.0
 
 
 def test_a_page_that_comes_later_is_seen(paths: Paths, looker: ProcLooker) -> None:
-    assert looker.blocked(WEB1) == 0.0
+    assert looker.blocked(WEB1, 77) == 0.0
     with Page(paths.vm(WEB1).page, writable=True) as page:
         busy_since(page, 5.0)
-        assert looker.blocked(WEB1) >= 5.0
+        assert looker.blocked(WEB1, 77) >= 5.0
 
 
 def test_a_new_page_is_seen_once_the_old_one_is_forgotten(paths: Paths, looker: ProcLooker, page: Page) -> None:
     busy_since(page, 5.0)
-    assert looker.blocked(WEB1) >= 5.0
+    assert looker.blocked(WEB1, 77) >= 5.0
     paths.vm(WEB1).page.unlink()
     with Page(paths.vm(WEB1).page, writable=True):
         looker.forget(WEB1)
-        assert looker.blocked(WEB1) == 0.0
+        assert looker.blocked(WEB1, 77) == 0.0
     looker.forget(WEB1)
     looker.forget(VmName("nobody"))
 
@@ -90,7 +99,7 @@ def test_pages_are_opened_once_and_closed_at_the_end(paths: Paths, page: Page) -
     looker = ProcLooker(paths)
     before = mappings()
     for _ in range(10):
-        looker.blocked(WEB1)
+        looker.blocked(WEB1, 77)
     assert mappings() == before + 1
     looker.close()
     assert mappings() == before

@@ -96,6 +96,7 @@ def test_a_worker_that_has_ended_is_not_killed_again() -> None:
     scene = Scene()
     scene.desk.exit(scene.worker)
     scene.look(40.0)
+    scene.look(41.0)
     assert scene.desk.take(KillWorker) == []
 
 

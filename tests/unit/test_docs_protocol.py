@@ -339,7 +339,7 @@ def test_every_field_of_a_workers_status_is_documented_and_no_other() -> None:
 class NothingToSee:
     """A Looker for a core that is only asked for its table."""
 
-    def blocked(self, name: VmName) -> float:
+    def blocked(self, name: VmName, pid: int | None) -> float:
         return 0.0
 
     def task(self, name: VmName) -> str:

@@ -135,19 +135,19 @@ def test_bootstrap_does_nothing_where_all_is_there(tmp_path: Path) -> None:
 
 def test_bootstrap_installs_only_what_is_missing(tmp_path: Path) -> None:
     apt_get = f'if [[ "$*" == *install* ]]; then touch {tmp_path}/installed; fi'
-    done = bootstrap(fake_debian(tmp_path, missing="cpio", apt_get=apt_get), "--strict")
+    done = bootstrap(fake_debian(tmp_path, missing="kmod", apt_get=apt_get), "--strict")
     assert done.returncode == 0, done.stderr
     update, install = (tmp_path / "calls").read_text().splitlines()
     assert update.endswith(" update")
-    assert install.endswith(" install -y --no-install-recommends cpio")
+    assert install.endswith(" install -y --no-install-recommends kmod")
     assert "DPkg::Lock::Timeout=300" in install
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--strict"], 1)])
 def test_bootstrap_that_cannot_install_prints_the_one_command(tmp_path: Path, arguments: list[str], code: int) -> None:
-    done = bootstrap(fake_debian(tmp_path, missing="cpio", apt_get="exit 100"), *arguments)
+    done = bootstrap(fake_debian(tmp_path, missing="kmod", apt_get="exit 100"), *arguments)
     assert done.returncode == code
-    assert "run: sudo apt-get install -y --no-install-recommends cpio\n" in done.stderr
+    assert "run: sudo apt-get install -y --no-install-recommends kmod\n" in done.stderr
 
 
 def test_the_service_unit_lets_workers_and_vms_outlive_the_broker() -> None:

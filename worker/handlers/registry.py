@@ -119,7 +119,7 @@ def load_directory(
     """Run the files `directory`/*.py, or those of `names` (without .py), in the order of their names; never raises for what they do.
 
     `quarantined(name, file)` is asked for every file ("mail.py") and every handler ("mail.on_error"); what it holds is left out.
-    Files that begin with `_` or `.` are no handlers. Raises `ConfigError` if a file of `names` is missing.
+    Files that begin with `_` or `.` are no handlers. Raises `ConfigError` if one of `names` is missing, or for the directory.
     """
     handlers: list[Handler] = []
     failures: list[LoadFailure] = []
@@ -152,6 +152,8 @@ def _files(directory: Path, names: Sequence[str] | None) -> list[Path]:
         present = {path.stem: path for path in directory.iterdir() if path.suffix == ".py" and path.name[0] not in "._"}
     except (FileNotFoundError, NotADirectoryError):
         present = {}
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be listed: {error.strerror}") from error
     if names is None:
         return [present[stem] for stem in sorted(present)]
     for name in names:
