@@ -22,7 +22,7 @@ from vmloop.tests.bench.guests import fresh_agent
 from vmloop.tests.bench.row import Row, times_text
 from vmloop.tests.system.site import Site
 
-TURNS: Final = 5
+TURNS: Final = 3
 # A turn of measuring ends well before the fault does.
 TURN_SECONDS: Final = 0.8 * faults.SECONDS
 REAL_BYSTANDERS: Final = 3

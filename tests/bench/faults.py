@@ -18,7 +18,7 @@ from vmloop.common.errors import VmloopError
 from vmloop.tests.system.site import Site, signal_process, wait_for
 
 # How long one switch-on lasts: others are measured for most of it.
-SECONDS: Final = 1.2
+SECONDS: Final = 3.0
 EVENT_SECONDS: Final = 30.0
 
 # The operator's file of handlers: what each does is told by the name of its VM.

@@ -102,10 +102,13 @@ class ThreadCalls:
         """Until the call has ended or its time is over. One that computes for long is held back."""
         until = self._context.loop.time() + limit
         throttle, pause = thread.throttle(), FREE
-        while not running.done() and (left := until - self._context.loop.time()) > 0:
-            await asyncio.wait({running}, timeout=min(pause, left))
-            if not running.done():
-                pause = throttle.hold_back()
+        try:
+            while not running.done() and (left := until - self._context.loop.time()) > 0:
+                await asyncio.wait({running}, timeout=min(pause, left))
+                if not running.done():
+                    pause = throttle.hold_back()
+        finally:
+            throttle.close()
 
     def close(self) -> None:
         """Let the thread end after what it does now; it is a daemon and holds nothing up."""
