@@ -90,7 +90,9 @@ class Page:
             self._map = mmap.mmap(fd, PAGE_BYTES, access=access)
         finally:
             os.close(fd)
-        self.held_up_in = ""  # not in the file: the worker's newest long step, for its own report of a turn that was too long
+        self.held_up_in = (
+            ""  # not in the file: the worker's newest long step, for its own report of a turn that was too long
+        )
         self._view = memoryview(self._map)
         self.words = self._view.cast("Q")
         if size == 0 and writable:
