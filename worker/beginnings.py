@@ -101,8 +101,8 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         handling.begin(None)
         await vm.bring_up(connection, min(deadline, vm.loop.time() + vm.settings.launch))
     except (VmloopError, OSError) as error:
-        connection.close()
         vm.let_go()
+        connection.close()  # if no session came of it
         vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
         raise
 
