@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -58,7 +59,11 @@ def no_process_left() -> Iterator[None]:
 
 
 def _children() -> set[int]:
-    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended has none
+            found |= set(map(int, path.read_text().split()))
+    return found
 
 
 def _marked(mark: str) -> set[int]:
