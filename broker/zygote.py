@@ -137,7 +137,7 @@ class Zygote:
             self._brokers.add(fd)
             self._fork(packet, connection)
         elif isinstance(packet, Drop):
-            self._drop(packet.vm)
+            self._drop(packet)
         elif isinstance(packet, Quit):
             self._ending = True
         else:
@@ -162,9 +162,17 @@ class Zygote:
             os.close(old)
         self._kept[packet.vm][packet.slot] = fd
 
-    def _drop(self, vm: str) -> None:
-        self._exits.pop(vm, None)
-        for fd in self._kept.pop(vm, {}).values():
+    def _drop(self, packet: Drop) -> None:
+        if packet.slot:
+            slots = self._kept.get(packet.vm, {})
+            fd = slots.pop(packet.slot, None)
+            if fd is not None:
+                os.close(fd)
+            if not slots:
+                self._kept.pop(packet.vm, None)
+            return
+        self._exits.pop(packet.vm, None)
+        for fd in self._kept.pop(packet.vm, {}).values():
             os.close(fd)
 
     # -- children -----------------------------------------------------------------------------------------------------------

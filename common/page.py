@@ -18,7 +18,10 @@ broker (`blocked` in list), and the next worker of the same VM.
       15   in that state since (microseconds since 1970)      32   1 if the last worker left in order
       33   the guest's file systems are frozen until (f64, CLOCK_MONOTONIC), 0 if vmloop has not frozen them
    16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
+      34   seq of the newest event that was published and given to handlers (worker/events.py)
+  35-39    the agent's connection                              40-63   free
   64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
+ 320-511   what the guest agent owes: 8 entries of 24 words
 
 See worker/qmp/framing.py for words 4 to 6, worker/qmp/ledger.py for the ledger.
 """
@@ -67,6 +70,7 @@ class Word(IntEnum):
     SINCE = 15
     LEFT = 32
     FROZEN_UNTIL = 33
+    TOLD = 34
 
 
 class PageDamaged(Exception):

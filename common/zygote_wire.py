@@ -69,9 +69,10 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):
-    """Close what is kept for a VM."""
+    """Close what is kept for a VM: all of it, or in one slot."""
 
     vm: str
+    slot: str = ""
 
 
 class Quit(msgspec.Struct, frozen=True, tag=True):

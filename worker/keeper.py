@@ -46,11 +46,19 @@ class Keeper:
         for slot in tuple(self._kept):
             self._later(self._send_kept(slot))
 
+    def release(self, slot: str) -> None:
+        """One connection has ended by itself: the zygote may close its duplicate."""
+        if self._kept.pop(slot, None) is not None:
+            self._tell_drop(slot)
+
     def drop(self) -> None:
         """The run is over: the zygote may close its duplicates."""
         self._kept.clear()
+        self._tell_drop("")
+
+    def _tell_drop(self, slot: str) -> None:
         try:
-            self._send(Drop(self._name), [])
+            self._send(Drop(self._name, slot), [])
         except OSError as error:
             log.warning("the zygote could not be told to drop the connections: %s", error)
 
