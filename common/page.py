@@ -19,7 +19,8 @@ broker (`blocked` in list), and the next worker of the same VM.
       33   the guest's file systems are frozen until (f64, CLOCK_MONOTONIC), 0 if vmloop has not frozen them
    16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
       34   seq of the newest event that was published and given to handlers (worker/events.py)
-  35-39    the agent's connection                              40-63   free
+  35-39    the agent's connection                              41-63   free
+      40   epoch that is about to begin, else 0
   64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
  320-511   what the guest agent owes: 8 entries of 24 words
 
@@ -71,6 +72,7 @@ class Word(IntEnum):
     LEFT = 32
     FROZEN_UNTIL = 33
     TOLD = 34
+    NEXT_EPOCH = 40
 
 
 class PageDamaged(Exception):
@@ -148,10 +150,10 @@ class Page:
 
     # -- the state of the VM, for the next worker ------------------------------------------------------------------------
 
-    def put_state(self, state: int, reason: str) -> None:
-        """Note the VM's state (a place in VmState) and its reason, as of now."""
+    def put_state(self, state: int, reason: str, since: int) -> None:
+        """Note the VM's state (a place in VmState) and its reason, as of `since` (microseconds since 1970)."""
         self._put_text(_REASON_AT, reason)
-        self.words[Word.SINCE] = time.time_ns() // 1000
+        self.words[Word.SINCE] = since
         self.words[Word.STATE] = state
 
     def state_reason(self) -> str:

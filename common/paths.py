@@ -120,6 +120,14 @@ class VmPaths:
         return self.state / "qemu.log"
 
     @property
+    def journal(self) -> Path:
+        return self.state / "journal"
+
+    @property
+    def answers(self) -> Path:
+        return self.run / "answers"
+
+    @property
     def worker_log(self) -> Path:
         return self.state / "worker.log"
 

@@ -4,7 +4,7 @@
     offset  size  field
          0     4  magic "VML1"
          4     1  kind (class Kind)
-         5     1  flags (1: reading, safe to repeat)
+         5     1  flags (1: reading, safe to repeat; broker → worker: 2: an earlier worker may have it, 4: do not begin it)
          6     1  length of service
          7     1  length of op
          8     8  id        chosen by the client; the broker puts its own number here on the way to the worker, and the client's back
@@ -34,9 +34,16 @@ HEADER: Final = struct.Struct("<4sBBBBQdIIQ")
 HEADER_BYTES: Final = HEADER.size
 _ID: Final = struct.Struct("<Q")
 _ID_AND_SECONDS: Final = struct.Struct("<Qd")
+_F64: Final = struct.Struct("<d")
 _ID_AT: Final = 8
+_FLAGS_AT: Final = 5
+_SECONDS_AT: Final = 16
 
 FLAG_READING: Final = 1
+# Set by the broker towards a worker of protocol 2. Repeated: the request went to this VM's worker before, and may have been begun or answered.
+# Asking: only tell what became of it; the frame is not the whole request.
+FLAG_REPEATED: Final = 2
+FLAG_ASKING: Final = 4
 MAX_KEY_BYTES: Final = 64
 
 
@@ -75,6 +82,16 @@ class Message(msgspec.Struct, frozen=True):
     def reading(self) -> bool:
         """True if the request changes nothing and may be sent twice."""
         return bool(self.flags & FLAG_READING)
+
+    @property
+    def repeated(self) -> bool:
+        """True if an earlier worker of this VM may have begun or answered this request."""
+        return bool(self.flags & FLAG_REPEATED)
+
+    @property
+    def asking(self) -> bool:
+        """True if the request is not to be begun: only what became of it is asked."""
+        return bool(self.flags & FLAG_ASKING)
 
 
 class BadFrame(BadRequest):
@@ -148,8 +165,23 @@ def with_id(frame: bytes, number: int) -> bytes:
 
 
 def forwarded(frame: bytes, number: int, seconds: float) -> bytes:
-    """A client's request as it goes on to the worker: the broker's number for the client's id, and the timeout that holds."""
+    """A client's request as it goes on to the worker: the broker's number for the client's id, and the timeout that holds.
+
+    Of the flags only the client's own goes through.
+    """
+    if frame[_FLAGS_AT] & ~FLAG_READING:
+        frame = _with_flags(frame, frame[_FLAGS_AT] & FLAG_READING)
     return b"".join((frame[:_ID_AT], _ID_AND_SECONDS.pack(number, seconds), frame[_ID_AT + 16 :]))
+
+
+def repeated(frame: bytes, seconds: float) -> bytes:
+    """A request as it goes to a VM's next worker: marked, with the time that is left."""
+    marked = _with_flags(frame, frame[_FLAGS_AT] & FLAG_READING | FLAG_REPEATED)
+    return b"".join((marked[:_SECONDS_AT], _F64.pack(seconds), marked[_SECONDS_AT + 8 :]))
+
+
+def _with_flags(frame: bytes, flags: int) -> bytes:
+    return b"".join((frame[:_FLAGS_AT], bytes((flags,)), frame[_FLAGS_AT + 1 :]))
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

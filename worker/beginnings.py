@@ -10,7 +10,8 @@ import logging
 import os
 import socket
 import time
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import msgspec
 
@@ -32,11 +33,15 @@ log = logging.getLogger(__name__)
 AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the agent's port
 
 
-async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: bool, deadline: float) -> None:
-    """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off."""
+async def start(
+    vm: Vm, handling: Handling, definition: Definition, *, paused: bool, deadline: float, go: Callable[[], Awaitable[Any]]
+) -> None:
+    """Launch QEMU and bring it to running, or to paused. `go` lets its CPUs run.
+
+    Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off.
+    """
     _refuse_second_run(vm)
     migrates_in = "-incoming" in definition.qemu.args
-    wanted_stopped = paused or "-S" in definition.qemu.args
     epoch = vm.begin_run("booted")
     run = Run(
         epoch=epoch,
@@ -63,13 +68,21 @@ async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: b
         vm.save(msgspec.structs.replace(run, process=launched.process.identity, argv=launched.argv))
         vm.agent.begin(run.agent, definition.agent, AGENT_PORT)
         await vm.bring_up(launched.monitor, min(deadline, vm.loop.time() + vm.settings.launch))
-        await handling.prepare()
-        if not wanted_stopped and not migrates_in:
-            vm.intent = "booted"
-            await vm.require_session().execute("cont", seconds=deadline - vm.loop.time(), reading=False)
+        await carry_on(vm, handling, paused=paused, go=go)
     except (VmloopError, OSError) as error:
         await _abandon_launch(vm, error)
-    vm.intent = ""
+
+
+async def carry_on(vm: Vm, handling: Handling, *, paused: bool, go: Callable[[], Awaitable[Any]]) -> None:
+    """The monitor of a new run is there: prepare the guest, and let it run unless it is wanted stopped."""
+    await handling.prepare()
+    args = handling.definition.qemu.args if handling.definition is not None else []
+    if not paused and "-S" not in args and "-incoming" not in args:
+        vm.intent = "booted"
+        try:
+            await go()
+        finally:
+            vm.intent = ""
 
 
 async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
@@ -128,7 +141,8 @@ def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: 
     elif kept is not None:
         vm.take_over(kept, run)
     else:
-        vm.seek_monitor()
+        vm.give_up_owed()
+        vm.reconnection.begin()
 
 
 def _definition_of(run: Run) -> Definition | None:

@@ -1,39 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VM's stream of events: numbers them, keeps the recent ones, hands them to the link. Called by vm.py, the session and handlers.
+"""The VM's stream of events: numbers them, writes them into the journal, then publishes them. Called by vm.py, the session and handlers.
 
     {vm, epoch, seq, time, event, data, origin}      time: microseconds since 1970; origin: qmp, agent or vmloop
 
-The number of the newest event lives on the status page, together with how far the monitor's unread bytes are dealt with: one 64-bit
-store moves both. So a worker that takes over continues the numbers, and a monitor line that its predecessor had not finished is dealt
-with again under the same numbers, which subscribers know as a repetition. (The journal will be written here, before publishing.)
+All events of one monitor line are one batch, and so is each event of vmloop's own that belongs to no line:
+
+    1  journal     one write; its mark says up to which byte of the unread chunk the monitor is dealt with
+    2  effects     what the events say of the VM, on the status page: its state
+    3  PROGRESS    number and bytes on the status page, one 64-bit store: the line is settled
+    4  afterwards  commands that the line has answered are struck out of the ledger
+    5  told        published, and given to listeners; TOLD on the page after each
+
+A worker that takes over after a death between 1 and 3 finds in the journal's newest batch what the page lacks (`unsettled`); the ledger has been
+prepared before 1 so that 3 decides about it; and what was not told yet is told. A death before 1 leaves no trace, and the line is read again. So
+no event is lost or doubled, and no number is given twice.
+
+A disk that takes nothing costs the journal, not the VM: such events are published with `journalled: false`, kept in memory, and written when
+the disk takes them again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal
 
 import msgspec
 
 from ..common.cursor import Cursor
+from ..common.errors import BadRequest
 from ..common.names import VmName, vm_service
-from ..common.pack import pack
+from ..common.pack import pack, unpack
 from ..common.page import Page, Word
 from ..common.wire import Kind, Message, encode
+from .journal.record import Record
+from .journal.store import EventStore
+
+log = logging.getLogger(__name__)
 
 Origin = Literal["qmp", "agent", "vmloop"]
 
-# QEMU's own are far below; a message of the wire must hold one, and a worker's memory the recent ones. Of a larger one the size is told.
+# QEMU's own are far below; a message of the wire must hold one, and a segment of the journal several. Of a larger one the size is told.
 MAX_EVENT_BYTES: Final = 256 * 1024
 
-# All that are kept in memory, as packed; unpacked they may take many times as much.
-MAX_RECENT_BYTES: Final = 4 * 1024 * 1024
+PAGE_EVENTS: Final = 256  # read from the journal at once
+PAGE_BYTES: Final = 1024 * 1024
 
 _DONE_BITS: Final = 24
 _DONE_MASK: Final = (1 << _DONE_BITS) - 1
 _SEQ_MASK: Final = (1 << (64 - _DONE_BITS)) - 1
+_IN_LINE: Final = 1 << 30  # of a record's mark; the lower 24 bits are the bytes that are dealt with
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -47,6 +66,11 @@ class Event(msgspec.Struct, frozen=True):
     data: dict[str, Any]
     origin: Origin
 
+    @property
+    def cursor(self) -> Cursor:
+        """Just after this event."""
+        return Cursor(self.epoch, self.seq)
+
     def to_wire(self) -> dict[str, Any]:
         return {
             "vm": self.vm,
@@ -59,35 +83,126 @@ class Event(msgspec.Struct, frozen=True):
         }
 
 
+class LineChange:
+    """What a line changes on the status page, beside its events; each is called once, in this order."""
+
+    def prepare(self, progress: int) -> None:
+        """Before anything is settled. `progress`: what PROGRESS will be then, so that a successor can tell on which side this worker died."""
+
+    def effect(self) -> None:
+        """The events are in the journal: put on the page what they say. A successor may have to do the same again."""
+
+    def afterwards(self) -> None:
+        """The line is settled."""
+
+
+class Effect(LineChange):
+    """What an event says, put on the page."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def effect(self) -> None:
+        self._act()
+
+
+class Afterwards(LineChange):
+    """Something to do once the line at hand is settled."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def afterwards(self) -> None:
+        self._act()
+
+
 class EventLog:
     """Numbers, keeps and publishes the events of one VM. One per worker."""
 
-    def __init__(self, name: VmName, page: Page, publish: Callable[[bytes], None], keep: int) -> None:
+    def __init__(self, name: VmName, page: Page, publish: Callable[[bytes], None], store: EventStore) -> None:
         """`publish` takes a whole native frame and must neither block nor raise."""
         self._name = name
         self._service = vm_service(name)
         self._words = page.words
         self._publish = publish
-        self._recent: deque[tuple[Event, int]] = deque()  # with the size of each
-        self._recent_limit = keep
-        self._recent_bytes = 0
+        self._store = store
         self._listeners: list[Callable[[Event], None]] = []
-        self._seq = self._words[Word.PROGRESS] >> _DONE_BITS & _SEQ_MASK
         self._in_line = False
+        self._batch: list[tuple[Event, bytes]] = []
+        self._line: list[LineChange] = []
+        self._untold: deque[tuple[Event, bytes]] = deque()
+        self._telling = False
+        self.on_trouble: Callable[[str], None] = lambda _: None  # the journal's problem is another one; "" when it is over
+        self._trouble = store.problem
+        self.unsettled: list[Event] = []  # in the journal, and their effects perhaps not on the page
+        self._finish_epoch()
+        self._catch_up()
+        self._seq = self._settled
+        self.unheard = Cursor(self._words[Word.EPOCH], self._words[Word.TOLD])  # handlers have had what came before
 
     @property
     def cursor(self) -> Cursor:
-        """The newest event."""
-        return Cursor(self._words[Word.EPOCH], self._seq)
+        """The newest event that is settled: its number is never given again."""
+        return Cursor(self._words[Word.EPOCH], self._settled)
+
+    @property
+    def first(self) -> Cursor:
+        """The oldest event that is kept; `Cursor(0, 0)` if there is none."""
+        return self._store.first
+
+    @property
+    def trouble(self) -> str:
+        """Why events are not written to the disk; "" if they are."""
+        return self._trouble
+
+    @property
+    def _settled(self) -> int:
+        settled: int = self._words[Word.PROGRESS] >> _DONE_BITS & _SEQ_MASK
+        return settled
+
+    # -- start ------------------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int) -> None:
         """Start a new run: the numbers begin again at 1."""
-        self._words[Word.EPOCH] = epoch
+        self._words[Word.NEXT_EPOCH] = epoch  # from here on a successor finishes it
+        self._finish_epoch()
         self._seq = 0
-        self._words[Word.PROGRESS] = 0
+        self.unheard = Cursor(epoch, 0)
+
+    def _finish_epoch(self) -> None:
+        if self._words[Word.NEXT_EPOCH]:
+            self._words[Word.PROGRESS] = 0
+            self._words[Word.TOLD] = 0
+            self._words[Word.EPOCH] = self._words[Word.NEXT_EPOCH]
+            self._words[Word.NEXT_EPOCH] = 0
+
+    def _catch_up(self) -> None:
+        """After a death between the journal and the page: what the newest batch says, the page gets."""
+        last = self._store.last_on_disk
+        if last.epoch != self._words[Word.EPOCH] or last.seq <= self._settled:
+            return
+        self.unsettled = list(self.since(self.cursor))
+        done = self._store.last_mark & _DONE_MASK if self._store.last_mark & _IN_LINE else self.done
+        self._words[Word.PROGRESS] = last.seq << _DONE_BITS | done
+
+    def tell_of_predecessor(self) -> None:
+        """Publish what an earlier worker wrote down and did not tell, and say what it could not write down."""
+        epoch, told = self._words[Word.EPOCH], self._words[Word.TOLD]
+        if told < self._settled:
+            for event in self.since(Cursor(epoch, told)):
+                self._untold.append((event, pack(event.to_wire())))
+            self._tell()
+        last = self._store.last
+        if last.epoch == epoch and last.seq < self._settled:
+            reason = "they were not written down before their worker ended"
+            self._tell_lost(Cursor(epoch, last.seq + 1), self.cursor, reason)
+        if self._store.repaired:
+            log.warning("VM %s: journal: %s", self._name, self._store.repaired)
+
+    # -- run --------------------------------------------------------------------------------------------------------------
 
     def emit(self, event: str, data: dict[str, Any], origin: Origin = "vmloop", at: int | None = None) -> Event:
-        """Give an event its number and send it out. `at`: microseconds since 1970, now if None."""
+        """Give an event its number and send it out: at once, or with the line that it belongs to. `at`: microseconds since 1970, now if None."""
         self._seq += 1
         made = Event(
             vm=self._name,
@@ -102,23 +217,9 @@ class EventLog:
         if len(body) > MAX_EVENT_BYTES:
             made = msgspec.structs.replace(made, data={"too_large": len(body)})
             body = pack(made.to_wire())
-        self._keep(made, len(body))
-        self._publish(
-            encode(
-                Message(
-                    kind=Kind.EVENT,
-                    service=self._service,
-                    op=event if len(event) < 64 else event.encode()[:255].decode("utf-8", "ignore"),
-                    body=body,
-                    epoch=made.epoch,
-                    seq=made.seq,
-                )
-            )
-        )
+        self._batch.append((made, body))
         if not self._in_line:
-            self._words[Word.PROGRESS] = self._seq << _DONE_BITS | self._words[Word.PROGRESS] & _DONE_MASK
-        for listener in tuple(self._listeners):
-            listener(made)
+            self._commit(self._words[Word.PROGRESS] & _DONE_MASK, 0)
         return made
 
     def listen(self, listener: Callable[[Event], None]) -> Callable[[], None]:
@@ -126,22 +227,45 @@ class EventLog:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def since(self, cursor: Cursor) -> Iterable[Event]:
-        """What is still kept of the events after a cursor, oldest first."""
-        return [event for event, _ in self._recent if (event.epoch, event.seq) > cursor]
+    def since(self, cursor: Cursor) -> Iterator[Event]:
+        """What is kept of the events after a cursor, oldest first."""
+        while True:
+            page = self._store.read(cursor, PAGE_EVENTS, PAGE_BYTES)
+            for body in page.bodies:
+                event = _event_from(body)
+                if event is not None:
+                    yield event
+            cursor = page.last
+            if not page.more:
+                return
 
-    def _keep(self, event: Event, size: int) -> None:
-        self._recent.append((event, size))
-        self._recent_bytes += size
-        while len(self._recent) > self._recent_limit or self._recent_bytes > MAX_RECENT_BYTES:
-            _, forgotten = self._recent.popleft()
-            self._recent_bytes -= forgotten
+    def read(self, cursor: Cursor, count: int, size: int) -> tuple[list[bytes], bool]:
+        """The packed events after a cursor, oldest first, at most so many and about so many bytes, and whether there are more."""
+        page = self._store.read(cursor, count, size)
+        return page.bodies, page.more
+
+    def retry(self) -> None:
+        """Try again to write down what the disk has not taken."""
+        self._store.retry()
+        self._look_at_store()
+
+    def sync(self) -> None:
+        """A run is over: its events outlast a crash of the host too."""
+        self._store.sync()
+
+    def filenos(self) -> list[int]:
+        return self._store.filenos()
+
+    def close(self) -> None:
+        """Write what can be written, and let go of the files."""
+        self._store.retry()
+        self._store.close()
 
     # -- kept in step with the reading of the monitor (worker/qmp/framing.py) --------------------------------------------
 
     @property
     def done(self) -> int:
-        """Bytes at the start of the monitor's unread data whose events already have numbers."""
+        """Bytes at the start of the monitor's unread data that are dealt with."""
         done: int = self._words[Word.PROGRESS] & _DONE_MASK
         return done
 
@@ -149,7 +273,100 @@ class EventLog:
         """From here to `end_line` events belong to one monitor line."""
         self._in_line = True
 
+    def with_line(self, change: LineChange) -> None:
+        """Have a change of the page made in step with the line at hand; at once outside of a line."""
+        if self._in_line:
+            self._line.append(change)
+        else:
+            change.effect()
+            change.afterwards()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Events and changes within the block are settled together: with the line at hand if there is one."""
+        if self._in_line:
+            yield
+            return
+        self._in_line = True
+        try:
+            yield
+        finally:
+            self._in_line = False
+            self._commit(self.done, 0)
+
     def end_line(self, done: int) -> None:
-        """The line is dealt with: its events and its bytes become settled in one store."""
+        """The line is dealt with: its events, its bytes and what it changed on the page become settled."""
         self._in_line = False
-        self._words[Word.PROGRESS] = self._seq << _DONE_BITS | done
+        if self._batch or self._line:
+            self._commit(done, _IN_LINE | done)
+        else:
+            self._words[Word.PROGRESS] = self._seq << _DONE_BITS | done
+
+    def _commit(self, done: int, mark: int) -> None:
+        batch, self._batch = self._batch, []
+        changes, self._line = self._line, []
+        progress = self._seq << _DONE_BITS | done
+        for change in changes:
+            change.prepare(progress)
+        written = True
+        if batch:
+            written = self._store.append([Record(made.epoch, made.seq, mark, body) for made, body in batch])
+        for change in changes:
+            change.effect()
+        self._words[Word.PROGRESS] = progress
+        for change in changes:
+            change.afterwards()
+        if not batch:
+            return
+        if written:
+            self._untold.extend(batch)
+        else:
+            self._untold.extend((made, pack({**made.to_wire(), "journalled": False})) for made, _ in batch)
+        self._tell()
+        self._look_at_store()
+
+    def _tell(self) -> None:
+        """Publish, and call the listeners. What they emit is told after what is being told."""
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._untold:
+                made, body = self._untold.popleft()
+                name = made.event
+                op = name if len(name) < 64 else name.encode()[:255].decode("utf-8", "ignore")
+                kind = Kind.EVENT
+                frame = Message(kind=kind, service=self._service, op=op, body=body, epoch=made.epoch, seq=made.seq)
+                self._publish(encode(frame))
+                for listener in tuple(self._listeners):
+                    listener(made)
+                self._words[Word.TOLD] = made.seq
+        finally:
+            self._telling = False
+
+    def _look_at_store(self) -> None:
+        """Tell what the journal has dropped, and whether it can be written."""
+        store = self._store
+        if store.problem != self._trouble:
+            self._trouble = store.problem
+            if self._trouble:
+                log.error("VM %s: events are not written down: %s", self._name, self._trouble)
+            else:
+                log.info("VM %s: events are written down again", self._name)
+            self.on_trouble(self._trouble)
+        if (span := store.truncated()) is not None:
+            self._tell_lost(*span, "the journal is full: its oldest part was dropped")
+        if (span := store.lost()) is not None:
+            self._tell_lost(*span, f"they could not be written down ({self._trouble or 'the disk was full'}), and were too many to keep")
+
+    def _tell_lost(self, first: Cursor, last: Cursor, reason: str) -> None:
+        self.emit("JOURNAL_TRUNCATED", {"first": str(first), "last": str(last), "reason": reason})
+
+
+def _event_from(body: bytes) -> Event | None:
+    """The event in a record; None, with a log line, for one that an older or damaged journal has."""
+    try:
+        return msgspec.convert(unpack(body), Event)
+    except (msgspec.ValidationError, BadRequest) as error:
+        log.warning("a record of the journal is no event: %s", error)
+        return None

@@ -15,9 +15,16 @@ PROTOCOL: Final = 1  # between broker and worker
 
 
 def status_of(
-    vm: Vm, page: Page, *, definition: dict[str, Any] | None, born: float, forget: bool, inherited: list[int]
+    vm: Vm,
+    page: Page,
+    *,
+    definition: dict[str, Any] | None,
+    born: float,
+    forget: bool,
+    inherited: list[int],
+    journal: str,
 ) -> dict[str, Any]:
-    """All that is known of the VM now. `inherited`: numbers of requests that this worker answers for an earlier one."""
+    """All that is known of the VM now. `inherited`: numbers of requests that this worker answers; `journal`: its trouble, or ""."""
     run = vm.run
     session = vm.session
     return {
@@ -51,6 +58,7 @@ def status_of(
             "queued": session.queued if session is not None else 0,
             "garbled": session.garbled if session is not None else 0,
         },
+        "journal": journal,
         "facts": vm.facts,
         "sent": time.time(),
     }

@@ -21,13 +21,12 @@ from enum import IntFlag
 from typing import Any, Final
 
 import msgspec
-import tenacity
 
 from ..common.errors import (
     MonitorLost,
     NotRunning,
+    OutcomeUnknown,
     QmpError,
-    VmloopError,
 )
 from ..common.names import VmName
 from ..common.page import Page, Word
@@ -35,15 +34,16 @@ from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
-from .events import EventLog
+from .conditions import Conditions
+from .events import Effect, Event, EventLog
 from .keeper import Keeper
-from .qemu.adopt import connect_monitor, is_refused
 from .qemu.process import QemuProcess, describe_exit
 from .qmp.commands import Command, Done
 from .qmp.framing import LineReader
-from .qmp.ledger import Owed
+from .qmp.ledger import Ledger, Owed
 from .qmp.session import QmpSession
 from .qmp.writer import end_connection
+from .reconnection import Reconnection
 from .runfile import Run, RunEnd, clear_run_directory, read_run, salvage_run, write_run
 from .transitions import Move, of_end, of_event, of_status
 
@@ -105,10 +105,14 @@ class Vm:
         self._inherit = inherit
         self._ending = False
         self._killed_for = ""  # the reason of a kill that is not the operator's
-        self._lost_at: float | None = None  # when the connection ended; None if that was an earlier worker's
-        self._reconnecting: asyncio.Task[None] | None = None
-        self._waiters: list[Callable[[], None]] = []
+        self.reconnection = Reconnection(self)
+        self.agent_port_id: str | None = None  # the agent's port in QEMU's events, if it is known
+        self._conditions = Conditions(loop)
+        self.wait_until = self._conditions.wait
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
+        for event in events.unsettled:
+            self._put_on_page(event)
+        self._since = page.words[Word.SINCE]
         if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
             first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
         elif self.run is not None and self.run.ended is None:
@@ -130,8 +134,7 @@ class Vm:
     @property
     def since(self) -> float:
         """When the VM entered its state, seconds since 1970."""
-        micros: int = self._page.words[Word.SINCE]
-        return micros / 1e6
+        return self._since / 1e6
 
     def fact(self, fact: Fact) -> bool:
         return bool(self._page.words[Word.FACTS] & fact)
@@ -147,26 +150,6 @@ class Vm:
         if not self.alive:
             raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
         raise MonitorLost(f"VM {self.name}: no connection to its monitor ({self.monitor.reason}); it is sought again")
-
-    async def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
-        """Wait until a condition on states holds; False if the deadline (loop time) comes first."""
-        if condition():
-            return True
-        met: asyncio.Future[None] = self.loop.create_future()
-
-        def look() -> None:
-            if not met.done() and condition():
-                met.set_result(None)
-
-        self._waiters.append(look)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await met
-        except TimeoutError:
-            return condition()
-        finally:
-            self._waiters.remove(look)
-        return True
 
     async def settle_by_query(self, deadline: float) -> None:
         """Ask QEMU for the state: an event that should have come has not."""
@@ -207,26 +190,43 @@ class Vm:
         self.process = process
         self.loop.add_reader(process.fileno(), self.finish, "")
 
-    async def bring_up(self, connection: socket.socket, deadline: float, *, again: bool = False) -> None:
-        """Negotiate on a fresh connection and take the VM's state from query-status. `again`: events were lost before it."""
+    async def bring_up(self, connection: socket.socket, deadline: float) -> None:
+        """Negotiate on a run's first connection and take the VM's state from query-status."""
+        await self.negotiate(connection, deadline)
+        self.keep_connection(connection)
+        await self.settle_in(deadline)
+
+    async def negotiate(self, connection: socket.socket, deadline: float) -> None:
+        """Open a session on a fresh connection. Raises `MonitorLost` or `DeadlineExceeded`."""
         session = self._open_session(connection)
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
-        self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
-        self._keeper.keep("monitor", connection.fileno())
-        if again:
-            span = {"since": self._lost_at, "until": time.time(), "reason": "no connection to the monitor"}
-            self.events.emit("EVENTS_LOST", span)
         try:
-            status = await session.execute("query-status", seconds=deadline - self.loop.time())
+            self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
+        except OSError as error:  # what is in memory holds for this worker; the next one may negotiate anew
+            log.error("VM %s: what its monitor can do is not written down: %s", self.name, error)
+
+    def keep_connection(self, connection: socket.socket) -> None:
+        """Let the connection outlive this worker."""
+        if connection.fileno() >= 0:
+            self._keeper.keep("monitor", connection.fileno())
+
+    async def settle_in(self, deadline: float) -> None:
+        """On a negotiated session: find out what state the VM is in."""
+        try:
+            status = await self.require_session().execute("query-status", seconds=deadline - self.loop.time())
             move = of_status(status)
         except QmpError:  # no VM inside: qemu-storage-daemon and the like
             move = Move(VmState.RUNNING, "unknown")
+        self.take_status(move)
+        self.look_at_agent()
+
+    def take_status(self, move: Move) -> None:
+        """It has come up, and is in this state."""
         self.note(Fact.STARTED)
         if self.state.can(move.state):
             self.state.move(move.state, move.reason)
-        self.look_at_agent()
 
     def look_at_agent(self) -> None:
         """Find out by query-chardev whether the guest has the agent's port open."""
@@ -265,36 +265,27 @@ class Vm:
         self._keeper.drop()
         end_connection(connection)
 
-    def seek_monitor(self) -> None:
-        """The connection is lost and the process lives, or may live: `unknown` until it answers again."""
-        if self.state.can(VmState.UNKNOWN):
-            self.state.move(VmState.UNKNOWN, "monitor-lost")
-        self._reconnecting = self.loop.create_task(self._reconnect())
+    def give_up_owed(self) -> None:
+        """No connection outlived the worker before this one: what it had sent and QEMU had not answered is not answered any more."""
+        ledger = Ledger(self._page)
+        for owed in ledger:
+            done = None if owed.reading else self._inherit(owed)  # what reads is asked again
+            if done is not None:
+                text = f"VM {self.name}: the connection to its monitor was lost before QEMU answered; look at the VM before you repeat it"
+                done(None, OutcomeUnknown(text))
+        ledger.clear()
+        ledger.release()
 
-    async def _reconnect(self) -> None:
-        assert self.run is not None
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((VmloopError, OSError)),  # OSError: run.json cannot be written now
-            wait=tenacity.wait_exponential(multiplier=0.05, max=self.settings.reconnect_max_delay),
-        )
-        async for attempt in retrying:
-            with attempt:
-                if self.process is None and self.run.launched and is_refused(self.run.monitor):
-                    self.loop.call_soon(self.finish, "nobody listens on its monitor's socket any more")
-                    return
-                connection = connect_monitor(self.run.monitor)
-                try:
-                    await self.bring_up(connection, self.loop.time() + self.settings.launch, again=True)
-                    if self.session is None:
-                        raise MonitorLost(f"VM {self.name}: its monitor closed the connection again")
-                except (VmloopError, OSError):
-                    self._drop_session("no answer")
-                    raise
-        self._reconnecting = None
+    @property
+    def came_up(self) -> bool:
+        """Whether this run's monitor was there once."""
+        return self.fact(Fact.STARTED)
 
     # -- what the session tells ------------------------------------------------------------------------------------------------
 
     def on_event(self, name: str, data: dict[str, Any], at: int) -> None:
+        if self.reconnection.holds_back(name, data, at):
+            return
         self.events.emit(name, data, "qmp", at)
         # A watchdog that powers off says nothing else (QEMU 7.2): the end that follows is no crash.
         if name == "SHUTDOWN" or (name == "WATCHDOG" and data.get("action") == "poweroff"):
@@ -318,28 +309,39 @@ class Vm:
     def on_end(self, reason: str) -> None:
         """The connection ended by itself."""
         self.session = None
-        self._lost_at = time.time()
+        self.reconnection.lost()
         self.monitor.move(MonitorState.LOST, reason)
-        if self._ending or (self._reconnecting is not None and not self._reconnecting.done()):
+        if self._ending or self.reconnection.active:
             return
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
         elif self.fact(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
             self.finish("it closed its monitor after SHUTDOWN")
         else:
-            self.seek_monitor()
+            self.reconnection.begin()
 
     def _seek_if_alive(self) -> None:
-        if self.session is None and not self._ending and self.alive and self._reconnecting is None:
-            self.seek_monitor()
+        if self.session is None and not self._ending and self.alive and not self.reconnection.active:
+            self.reconnection.begin()
 
     def _on_state(self, old: VmState, new: VmState, reason: str) -> None:
-        self._page.put_state(_STATES.index(new), reason)
         data = {"old": old.value, "new": new.value, "reason": reason}
         if self.exit_text and new is VmState.SHUTOFF:
             data["detail"] = self.exit_text
-        self.events.emit("VM_STATE", data)
+        with self.events.together():
+            event = self.events.emit("VM_STATE", data)
+            self.events.with_line(Effect(lambda: self._put_on_page(event)))
+        self._since = event.time
         self._changed()
+
+    def _put_on_page(self, event: Event) -> None:
+        """What an event says of the VM, for the next worker. May be done twice."""
+        if event.event == "VM_STATE":
+            names = [state.value for state in _STATES]
+            if event.data.get("new") in names:  # else of a later vmloop, whose journal this is
+                self._page.put_state(names.index(event.data["new"]), str(event.data.get("reason")), event.time)
+        elif event.event == "AGENT_THAWED":
+            self._page.words[Word.FROZEN_UNTIL] = 0
 
     def _on_monitor(self, old: MonitorState, new: MonitorState, reason: str) -> None:
         self.events.emit("MONITOR_STATE", {"old": old.value, "new": new.value, "reason": reason})
@@ -347,8 +349,7 @@ class Vm:
 
     def _changed(self) -> None:
         self._on_status()
-        for look in tuple(self._waiters):
-            look()
+        self._conditions.look()
 
     # -- end --------------------------------------------------------------------------------------------------------------------
 
@@ -370,8 +371,7 @@ class Vm:
         if self._ending:
             return
         self._ending = True
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
+        self.reconnection.cancel()
         if self.process is not None:
             self.loop.remove_reader(self.process.fileno())
         if self.session is not None:
@@ -415,15 +415,14 @@ class Vm:
 
     def let_go(self) -> None:
         self.agent.close("detached")
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-        self._drop_session("detached")
+        self.reconnection.cancel()
+        self.drop_session("detached")
         if self.process is not None:
             self.loop.remove_reader(self.process.fileno())
             self.process.close()
             self.process = None
 
-    def _drop_session(self, reason: str) -> None:
+    def drop_session(self, reason: str) -> None:
         session, self.session = self.session, None
         if session is not None:
             session.close(reason)
@@ -435,8 +434,7 @@ class Vm:
         self.agent.close("the worker ends", over=False)
         if self.session is not None:
             self.loop.remove_reader(self.session.fileno())  # what comes from here on is the next worker's
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
+        self.reconnection.cancel()
 
 
 def _after_end(run: Run | None) -> Move:

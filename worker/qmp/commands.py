@@ -6,6 +6,7 @@ From the other side nothing is taken for granted: every function here takes any 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -42,6 +43,21 @@ class Greeting(msgspec.Struct, frozen=True):
     version: tuple[int, int, int]
     package: str
     capabilities: tuple[str, ...]
+
+
+def awaited(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Future[Any], Done]:
+    """A future, and the `done` that ends it; who has given up waiting is not told any more."""
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def done(value: Any, error: VmloopError | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    return future, done
 
 
 def encode_command(name: str, arguments: dict[str, Any] | None, qmp_id: int, *, oob: bool) -> bytes:

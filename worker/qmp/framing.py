@@ -53,6 +53,7 @@ class LineReader:
         self._carry: list[bytes] = []  # the same bytes as in the carry file
         self._carry_length = 0
         self._skip = 0  # bytes of the next chunk that a predecessor has dealt with
+        self.with_line = events.with_line
         self._closed = False
         self.taken = 0  # chunks consumed so far
 

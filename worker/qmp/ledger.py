@@ -3,10 +3,13 @@
 
 A successor finds here whom the replies in the socket belong to. Each entry has 16 words:
 
-    0  0 free, else 1 | reading << 1 | oob << 2      1  QMP id           2  the broker's request number, 0 for vmloop's own commands
-    3  deadline (f64, CLOCK_MONOTONIC)               4  length of key    5-12  key
+    0  0 free, else 1 | reading << 1 | oob << 2 | answered << 3          1  QMP id
+    2  the broker's request number, 0 for vmloop's own commands          3  deadline (f64, CLOCK_MONOTONIC)
+    4  length of key    5-12  key    13  if answered: PROGRESS once the line of the answer is settled
 
-Word 0 is stored last on entry, so that an entry is either whole or not there. Used by session.py.
+Word 0 is stored last on entry, so that an entry is either whole or not there. An entry is marked as answered before the line that answers
+it is settled (worker/events.py), and struck out after that: a successor that finds the mark sees from PROGRESS whether it will read that line again.
+Used by session.py.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from typing import Final
 import msgspec
 
 from ...common.page import LEDGER_SLOTS, Page, Word, float_to_word, word_to_float
+from ..events import LineChange
 
 _TAKEN: Final = 1
 _READING: Final = 2
 _OOB: Final = 4
+_ANSWERED: Final = 8
+_PROGRESS_AT: Final = 13
 _KEY_AT: Final = 5
 _KEY_WORDS: Final = 8
 
@@ -49,6 +55,9 @@ class Ledger:
         self._slot_of: dict[int, int] = {}
         self._free: list[int] = []
         for index, slot in enumerate(self._slots):
+            if slot[0] & _ANSWERED:
+                settled = slot[_PROGRESS_AT] == self._words[Word.PROGRESS]
+                slot[0] = 0 if settled else slot[0] & ~_ANSWERED
             if slot[0] & _TAKEN:
                 self._slot_of[slot[1]] = index
             else:
@@ -84,6 +93,18 @@ class Ledger:
             self._slots[index][0] = 0
             self._free.append(index)
 
+    def answered_by_line(self, qmp_id: int) -> LineChange:
+        """The command is answered by the line at hand: mark it before that is settled, and strike it out after."""
+        return _Answered(self, qmp_id)
+
+    def mark_answered(self, qmp_id: int, progress: int) -> None:
+        """Its answer is read once PROGRESS is this."""
+        index = self._slot_of.get(qmp_id)
+        if index is not None:
+            slot = self._slots[index]
+            slot[_PROGRESS_AT] = progress
+            slot[0] |= _ANSWERED
+
     def clear(self) -> None:
         """Nothing is owed any more: the connection is a new one."""
         for qmp_id in list(self._slot_of):
@@ -108,3 +129,15 @@ class Ledger:
         """Let go of the page, which can only be closed then."""
         for slot in self._slots:
             slot.release()
+
+
+class _Answered(LineChange):
+    def __init__(self, ledger: Ledger, qmp_id: int) -> None:
+        self._ledger = ledger
+        self._qmp_id = qmp_id
+
+    def prepare(self, progress: int) -> None:
+        self._ledger.mark_answered(self._qmp_id, progress)
+
+    def afterwards(self) -> None:
+        self._ledger.strike(self._qmp_id)

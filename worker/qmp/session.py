@@ -32,7 +32,18 @@ from ...common.errors import (
 from ...common.page import Page
 from ...common.settings import WorkerSettings
 from ...common.states import MonitorState
-from .commands import Command, Done, Greeting, encode_command, end_of, microseconds, qmp_error, read_greeting
+from ..events import Afterwards
+from .commands import (
+    Command,
+    Done,
+    Greeting,
+    awaited,
+    encode_command,
+    end_of,
+    microseconds,
+    qmp_error,
+    read_greeting,
+)
 from .framing import LineReader, LineTooLong
 from .ledger import Ledger, Owed
 from .liveness import Liveness
@@ -42,9 +53,7 @@ log = logging.getLogger(__name__)
 
 IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
 OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
-REPAIR_SECONDS: Final = (
-    3600.0  # QEMU answers in order, however late; nobody but a cut command's caller waits, with a deadline of its own
-)
+REPAIR_SECONDS: Final = 3600.0  # QEMU answers in order, however late; the cut command's caller has a deadline of its own
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
 
 
@@ -176,19 +185,12 @@ class QmpSession:
         seconds: float,
         reading: bool = True,
         oob: bool = False,
+        request: int = 0,
     ) -> Any:
-        """Send one of vmloop's own commands and wait for its `return`. Raises the error tree's members."""
-        future: asyncio.Future[Any] = self._loop.create_future()
-
-        def done(value: Any, error: VmloopError | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
-
-        self.submit(command, arguments, done=done, deadline=self._loop.time() + seconds, reading=reading, oob=oob)
+        """Send one of vmloop's own commands and wait for its `return`. Raises the error tree's members. `request`: for whom, if anybody."""
+        future, done = awaited(self._loop)
+        deadline = self._loop.time() + seconds
+        self.submit(command, arguments, done=done, deadline=deadline, reading=reading, oob=oob, request=request)
         return await future
 
     def submit(
@@ -293,7 +295,7 @@ class QmpSession:
                 self._end("QEMU is gone")
 
     def _on_line(self, line: bytes) -> None:
-        """The router of everything that QEMU says. A line that makes no sense is counted, logged and dropped here, and only here."""
+        """The router of everything that QEMU says. A line that makes no sense is counted, logged and dropped here alone."""
         try:
             message = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
@@ -330,7 +332,7 @@ class QmpSession:
             self._pass_over(command.qmp_id)
         self._liveness.answered(command.oob, self._oldest_in_band())
         if self._waiting:
-            self._send_waiting()
+            self._reader.with_line(Afterwards(self._send_waiting))  # when the ledger has room again
 
     def _pass_over(self, answered: int) -> None:
         """QEMU answers in-band commands in order: the replies to those before were damaged, and will not come any more."""
@@ -358,10 +360,11 @@ class QmpSession:
             due = self._deadlines.next_due()
         if due is None or self._ended is not None:
             return
-        if self._timer is not None:
-            if self._timer.when() <= due and not self._timer.cancelled():
-                return
-            self._timer.cancel()
+        timer = self._timer
+        if timer is not None and timer.when() <= due and not timer.cancelled():
+            return
+        if timer is not None:
+            timer.cancel()
         self._timer = self._loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
@@ -436,7 +439,7 @@ class QmpSession:
         self._deadlines.drop(command.qmp_id)
         if self._ended is None:
             self._window[command.oob] += 1
-            self._ledger.strike(command.qmp_id)
+            self._reader.with_line(self._ledger.answered_by_line(command.qmp_id))
 
     def _oldest_in_band(self) -> float | None:
         return next((command.sent for command in self._on_wire.values() if not command.oob), None)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
-from ...common.errors import BadRequest, DeadlineExceeded, VmloopError
+from ...common.errors import BadRequest, DeadlineExceeded, OutcomeUnknown
 from ..agent.freeze import FREEZES
+from ..qmp.commands import awaited
 from .request import Request
 
 if TYPE_CHECKING:
@@ -52,16 +53,7 @@ async def agent(app: App, request: Request, arguments: AgentArguments) -> Any:
 
 
 async def _submit(app: App, request: Request, arguments: AgentArguments) -> Any:
-    answered: asyncio.Future[Any] = app.loop.create_future()
-
-    def done(value: Any, error: VmloopError | None) -> None:
-        if answered.done():  # the verb was cancelled
-            return
-        if error is None:
-            answered.set_result(value)
-        else:
-            answered.set_exception(error)
-
+    answered, done = awaited(app.loop)
     name = arguments.command
     app.vm.agent.submit(
         name,
@@ -77,6 +69,10 @@ async def _submit(app: App, request: Request, arguments: AgentArguments) -> Any:
 
 async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
     guard = app.vm.agent.guard
+    if request.begun is not None:  # by an earlier worker, which its caller's freeze ends with
+        guard.thaw("worker lost")
+        raise OutcomeUnknown(f"VM {app.name}: its worker was lost while it held the freeze; the guest is thawed now")
+    app.requests.begun(request)
     thawed: asyncio.Future[str] = app.loop.create_future()
     gone = asyncio.Event()
 
@@ -90,7 +86,7 @@ async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[s
             guard.thaw("caller gone")
 
     frozen = False
-    ends = [guard.on_thawed(on_thawed), app.on_cancel(request.number, on_gone)]
+    ends = [guard.on_thawed(on_thawed), app.requests.on_cancel(request.number, on_gone)]
     try:
         count = await _submit(app, request, arguments)
         if count == 0:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that change what a VM does: start attach stop kill pause resume reset detach. Arguments and results: docs/operations.md."""
+"""Verbs that change what a VM does: start attach stop kill pause resume reset detach. Arguments and results: docs/operations.md.
+
+Each may be carried on by another worker than the one that began it (worker/requests.py): it looks at where the VM is, and what it sends to QEMU
+goes through `Requests.command`, which sends a step once.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -14,6 +19,7 @@ from ...common.errors import (
     ConfigError,
     DeadlineExceeded,
     Denied,
+    LaunchFailed,
     MonitorFrozen,
     MonitorLost,
     NotRunning,
@@ -21,6 +27,7 @@ from ...common.errors import (
 )
 from ...common.states import VmState
 from .. import beginnings
+from ..qemu.launch import log_tail
 from .request import NoArguments, Request
 
 if TYPE_CHECKING:
@@ -53,6 +60,8 @@ class StopArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 async def start(app: App, request: Request, arguments: StartArguments) -> dict[str, Any]:
     """Launch the VM from its definition."""
+    if _has_run_since(app, request):
+        return await _carry_on_start(app, request, arguments)
     path = app.paths.definition
     if not path.exists():
         raise ConfigError(f"VM {app.name} has no definition; define it first, or attach it")
@@ -61,12 +70,39 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
         raise ConfigError(
             f"{path}: it names {definition.name!r}, but it is the definition of {app.name}; define it again"
         )
-    await beginnings.start(app.vm, app.handling, definition, paused=arguments.paused, deadline=request.deadline)
+    go = _go(app, request)
+    await beginnings.start(app.vm, app.handling, definition, paused=arguments.paused, deadline=request.deadline, go=go)
     return _run_facts(app)
+
+
+async def _carry_on_start(app: App, request: Request, arguments: StartArguments) -> dict[str, Any]:
+    """An earlier worker had begun the run."""
+    vm = app.vm
+    await vm.wait_until(lambda: vm.came_up and vm.session is not None or not vm.alive, request.deadline)
+    if not vm.came_up and vm.alive:
+        raise DeadlineExceeded(f"VM {app.name}: QEMU was started, but its monitor has not answered in time")
+    if vm.alive:
+        await beginnings.carry_on(vm, app.handling, paused=arguments.paused, go=_go(app, request))
+    elif not vm.came_up:
+        raise LaunchFailed(f"VM {app.name} did not start: {vm.exit_text or vm.state.reason}", log=log_tail(app.paths))
+    return _run_facts(app)
+
+
+def _go(app: App, request: Request) -> Callable[[], Awaitable[Any]]:
+    """Lets the guest's CPUs run for the first time."""
+    return lambda: app.requests.command(request, "cont", deadline=request.deadline)
+
+
+def _has_run_since(app: App, request: Request) -> bool:
+    """Whether a new run has begun since an earlier worker took the request up."""
+    run = app.vm.run
+    return request.begun is not None and run is not None and run.epoch > request.begun.epoch
 
 
 async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
     """Adopt a running QMP server as this VM."""
+    if _has_run_since(app, request):
+        return await _carry_on_attach(app, request)
     first = app.vm.run is None and app.definition is None
     try:
         await beginnings.attach(
@@ -81,19 +117,32 @@ async def attach(app: App, request: Request, arguments: AttachArguments) -> dict
     return _run_facts(app)
 
 
+async def _carry_on_attach(app: App, request: Request) -> dict[str, Any]:
+    """An earlier worker had begun the run."""
+    vm = app.vm
+    await vm.wait_until(lambda: vm.came_up and vm.session is not None or not vm.alive, request.deadline)
+    if not vm.alive and not vm.came_up:
+        raise MonitorLost(f"VM {app.name} was not attached: {vm.exit_text or vm.state.reason}")
+    if not vm.came_up:
+        raise DeadlineExceeded(f"VM {app.name}: its monitor has not answered in time; it is sought on")
+    return _run_facts(app)
+
+
 async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str, Any]:
     """Ask the guest to power down and wait until QEMU is gone; with force kill at the timeout.
 
     The turn is held only while the guest is asked: a guest that takes its time does not keep others from pausing or resetting it.
     """
+    if _is_over(app, request):
+        return _state(app)
     vm = app.vm
     until = min(app.loop.time() + arguments.timeout, request.deadline)
     try:
         async with app.order.turn("stop", until):
             vm.intent = "user"
             if vm.state.state is not VmState.SHUTDOWN:
-                await vm.require_session().execute("system_powerdown", seconds=until - app.loop.time(), reading=False)
-        await _wait_gone_or_quit(app, until)
+                await app.requests.command(request, "system_powerdown", deadline=until)
+        await _wait_gone_or_quit(app, request, until)
     except (DeadlineExceeded, MonitorFrozen, MonitorLost) as error:
         if not arguments.force or vm.gone.is_set():
             raise
@@ -106,6 +155,8 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
 
 async def kill(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     """End the process at once, through its pidfd. A VM without a known process is told to quit by its monitor."""
+    if _is_over(app, request):
+        return _state(app)
     vm = app.vm
     if not vm.alive:
         raise NotRunning(f"VM {app.name} does not run (it is {vm.state.state.value})")
@@ -113,7 +164,7 @@ async def kill(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     try:
         vm.kill()
     except NotRunning as error:
-        await _quit_instead(app, str(error), deadline)
+        await _quit_instead(app, request, str(error), deadline)
     if not await vm.wait_until(vm.gone.is_set, deadline):
         raise DeadlineExceeded(
             f"VM {app.name} was killed, but its process has not ended yet; it may hang in the kernel"
@@ -140,9 +191,10 @@ async def reset(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
         raise Busy(text)
     seen = asyncio.Event()
     unlisten = app.vm.events.listen(lambda event: seen.set() if event.event == "RESET" else None)
+    if request.begun is not None and any(event.event == "RESET" for event in app.vm.events.since(request.begun.cursor)):
+        seen.set()
     try:
-        session = app.vm.require_session()
-        await session.execute("system_reset", seconds=request.deadline - app.loop.time(), reading=False)
+        await app.requests.command(request, "system_reset", deadline=request.deadline)
         async with asyncio.timeout_at(min(request.deadline, app.loop.time() + SETTLE_SECONDS)):
             await seen.wait()
     except TimeoutError:
@@ -157,7 +209,7 @@ async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     if app.vm.alive:
         await _thaw(app, request.deadline)
         app.vm.detach()
-    elif app.paths.definition.exists():
+    elif app.paths.definition.exists() and not _is_over(app, request):
         raise NotRunning(
             f"VM {app.name} does not run (it is {app.vm.state.state.value}): there is nothing to let go of"
         )
@@ -187,10 +239,10 @@ async def _thaw(app: App, deadline: float) -> None:
 async def _ask(app: App, request: Request, command: str, intent: str, met: Any) -> dict[str, Any]:
     """Send a command and wait for the state that its event brings; what query-status says if none comes."""
     vm = app.vm
-    session = vm.require_session()
+    vm.require_session()
     vm.intent = intent
     try:
-        await session.execute(command, seconds=request.deadline - app.loop.time(), reading=False)
+        await app.requests.command(request, command, deadline=request.deadline)
         if not met():
             await vm.settle_by_query(min(request.deadline, app.loop.time() + SETTLE_SECONDS))
     finally:
@@ -198,7 +250,7 @@ async def _ask(app: App, request: Request, command: str, intent: str, met: Any) 
     return _state(app)
 
 
-async def _wait_gone_or_quit(app: App, until: float) -> None:
+async def _wait_gone_or_quit(app: App, request: Request, until: float) -> None:
     """Wait for the end. A QEMU that stays after its guest has powered off is told to quit."""
     vm = app.vm
     off = await vm.wait_until(lambda: vm.gone.is_set() or vm.state.state is VmState.SHUTDOWN, until)
@@ -208,19 +260,25 @@ async def _wait_gone_or_quit(app: App, until: float) -> None:
             "Stop it with force, or kill it"
         )
     if not await vm.wait_until(vm.gone.is_set, min(until, app.loop.time() + QUIT_AFTER)):
-        await vm.require_session().execute("quit", seconds=until - app.loop.time(), reading=False)
+        await app.requests.command(request, "quit", deadline=until)
         if not await vm.wait_until(vm.gone.is_set, until):
             raise DeadlineExceeded(f"VM {app.name}: the guest is off, but QEMU has not ended; kill it")
 
 
-async def _quit_instead(app: App, why: str, deadline: float) -> None:
+async def _quit_instead(app: App, request: Request, why: str, deadline: float) -> None:
     try:
-        await app.vm.require_session().execute("quit", seconds=deadline - app.loop.time(), reading=False)
+        await app.requests.command(request, "quit", deadline=deadline)
     except VmloopError as error:
         if not await app.vm.wait_until(app.vm.gone.is_set, min(deadline, app.loop.time() + SETTLE_SECONDS)):
             raise Denied(
                 f"{why}, and 'quit' did not end it ({error}); detach it and attach it again with --pid"
             ) from error
+
+
+def _is_over(app: App, request: Request) -> bool:
+    """Whether the run that an earlier worker was to end has ended."""
+    run = app.vm.run
+    return request.begun is not None and (not app.vm.alive or run is None or run.epoch != request.begun.epoch)
 
 
 def _state(app: App) -> dict[str, Any]:

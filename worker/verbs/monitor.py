@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
 from ...common.cursor import Cursor, parse_cursor
 from ...common.errors import VmloopError
+from ...common.pack import unpack_map
 from ..qmp.commands import Done
 from .request import Request
 
@@ -27,10 +30,18 @@ class HmpArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     line: Annotated[str, msgspec.Meta(max_length=65536)]
 
 
+# One answer of `events`: parts that wait for a client sit in the broker, and there in memory.
+MAX_PARTS: Final = 1000
+MAX_PARTS_BYTES: Final = 4 * 1024 * 1024
+CHUNK: Final = 100  # events read from the journal at once; the loop has its turn in between
+CHUNK_BYTES: Final = 256 * 1024
+
+
 class EventsArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     since: str | None = None
     names: list[str] | None = None
     limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    last: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)] | None = None
 
 
 def qmp(app: App, request: Request, arguments: QmpArguments, done: Done) -> None:
@@ -60,14 +71,37 @@ def hmp(app: App, request: Request, arguments: HmpArguments, done: Done) -> None
 
 
 async def events(app: App, request: Request, arguments: EventsArguments) -> dict[str, Any]:
-    """The recent events after a cursor, one part each."""
-    since = parse_cursor(arguments.since) if arguments.since is not None else Cursor(0, 0)
-    count = 0
-    for event in app.vm.events.since(since):
-        if arguments.names is not None and event.event not in arguments.names:
-            continue
-        if count == arguments.limit:
-            break
-        request.partial(event.to_wire())
-        count += 1
-    return {"count": count, "cursor": str(app.vm.events.cursor)}
+    """The events after a cursor, one part each, as many as one answer holds; `reached` is where to go on if there are more."""
+    reached = parse_cursor(arguments.since) if arguments.since is not None else Cursor(0, 0)
+    if arguments.last is not None:
+        reached = max(reached, await _before_last(app, arguments.last))
+    limit = min(arguments.limit or MAX_PARTS, MAX_PARTS)
+    count = size = 0
+    more = True
+    while more and count < limit and size < MAX_PARTS_BYTES:
+        bodies, more = app.vm.events.read(reached, min(CHUNK, limit - count), CHUNK_BYTES)
+        for body in bodies:
+            event = unpack_map(body)
+            reached = Cursor(event["epoch"], event["seq"])
+            size += len(body)
+            if arguments.names is None or event["event"] in arguments.names:
+                request.partial(event)
+                count += 1
+        await asyncio.sleep(0)
+    return {"count": count, "cursor": str(app.vm.events.cursor), "reached": str(reached), "more": more}
+
+
+async def _before_last(app: App, count: int) -> Cursor:
+    """Just before the newest `count` events of the newest run; where that has fewer, before all of the run before it too."""
+    epoch, seq = app.vm.events.cursor
+    if seq >= count or epoch <= 1:
+        return Cursor(epoch, max(0, seq - count))
+    places: deque[Cursor] = deque([Cursor(epoch - 1, 0)], maxlen=count + 1)
+    more = True
+    while more:
+        bodies, more = app.vm.events.read(places[-1], CHUNK, CHUNK_BYTES)
+        for body in bodies:
+            event = unpack_map(body)
+            places.append(Cursor(event["epoch"], event["seq"]))
+        await asyncio.sleep(0)
+    return places[0]

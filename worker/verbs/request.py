@@ -12,6 +12,7 @@ import msgspec
 
 from ...common.errors import BadRequest
 from ...common.pack import unpack_map
+from ..answers import Begun
 from ..qmp.commands import Done
 
 
@@ -25,6 +26,9 @@ class Request(msgspec.Struct, frozen=True):
     reading: bool
     key: bytes
     partial: Callable[[Any], None]
+    lasting: bool = False  # its answer must be known to the next worker
+    begun: Begun | None = None  # an earlier worker had begun it
+    steps: tuple[str, ...] = ()  # and sent these commands
 
 
 class Lane(Enum):
@@ -60,6 +64,7 @@ class Verb(msgspec.Struct, frozen=True):
     lane: Lane
     run: Run | None = None
     direct: Direct | None = None
+    begins: bool = False  # it has several steps: written down when it begins, and carried on by the next worker
 
     @property
     def decoder(self) -> msgspec.msgpack.Decoder[msgspec.Struct]:
