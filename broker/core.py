@@ -49,7 +49,7 @@ from ..common.wire import (
 )
 from .actions import Action, Publish, ToClient, ToWorker
 from .crew import Crew, is_pid
-from .inflight import Entry, InFlight
+from .inflight import WORKER_GRACE, Entry, InFlight
 from .replies import majordomo_reply, own_reply
 from .roster import Roster, VmEntry, WorkerState
 
@@ -57,8 +57,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT: Final = 30.0  # design, section 5
 MAX_TIMEOUT: Final = 3600.0
-# A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
-WORKER_GRACE: Final = 0.25
 # From the last answer to the end: libzmq throws away what a client has not read yet when its connection is cut.
 FAREWELL: Final = 0.1
 
@@ -215,8 +213,7 @@ class Core:
             raise Busy("the broker is going down; VMs and workers run on, ask again when it is back")
         self._enter(entry, vm, now + seconds + WORKER_GRACE)
         frame = forwarded(frame, entry.number, seconds)
-        if entry.reading:
-            self._hold(entry, frame)
+        self.inflight.keep_frame(entry, frame)
         self.crew.send(entry, vm, frame)
 
     def wait_for_worker(self, entry: Entry, vm: VmEntry, frame: bytes, seconds: float, now: float) -> None:

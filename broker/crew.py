@@ -20,9 +20,9 @@ from ..common.names import VmName, host_topic
 from ..common.pack import pack
 from ..common.process import Identity
 from ..common.settings import Settings
-from ..common.wire import Kind, Message, encode
+from ..common.wire import FLAG_ASKING, FLAG_REPEATED, Kind, Message, encode, repeated
 from .actions import Action, Forget, Fork, KillWorker, Publish, ToWorker, WatchWorker
-from .inflight import Entry, InFlight
+from .inflight import WORKER_GRACE, Entry, InFlight
 from .restarts import counts_as_stable, delay_before_restart
 from .roster import Roster, VmEntry, WorkerState
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # A process's end is seen at once, its last messages come through a socket and a thread: this long they are waited for.
 LAST_WORDS: Final = 0.02
+# A request that is nearly over is given to the next worker all the same: it may know the answer.
+REPEAT_SECONDS: Final = 0.05
 # Where the page says that it went by itself, its goodbye is on the way, however much is in front of it.
 GOODBYE: Final = 5.0
 
@@ -74,6 +76,7 @@ class Crew:
         if not same and vm.incarnation:
             vm.restarts += 1
         vm.worker_pid, vm.incarnation, vm.born = pid, incarnation, vm.born if same else now
+        vm.protocol = _whole(status.get("protocol")) or 1
         vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
         if not ended:
             vm.exited, vm.due = False, None
@@ -83,23 +86,43 @@ class Crew:
         vm.worker.move(WorkerState.READY, f"pid {pid}")
         vm.take_status(status)
         for entry in self._inflight.of_vm(name) if not ended else ():
-            self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [])
+            self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [], now)
         self._on_changed(vm, now)
 
-    def _settle_with_new_worker(self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object]) -> None:
+    def _settle_with_new_worker(
+        self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object], now: float
+    ) -> None:
         """What becomes of a request when a worker presents itself: the same one, its successor, or the first."""
         if entry.waits_for is not None:
             return
         if entry.sent_to is None:
             self.send(entry, vm, entry.frame)
-        elif same or entry.number in inherited:
+        elif entry.number in inherited or (same and not vm.repeats):
             entry.sent_to = vm.identity
+        elif vm.repeats:
+            self._repeat(entry, vm, now)
         elif entry.reading and entry.frame:
             self.send(entry, vm, entry.frame)
         else:
             self._inflight.take(entry.number)
             text = f"VM {vm.name}: its worker died while it had '{entry.op}'; look at the VM before you repeat it"
             self._answer_error(entry, OutcomeUnknown(text), entry.received)
+
+    def _repeat(self, entry: Entry, vm: VmEntry, now: float) -> None:
+        """Give a worker a request that another one, or itself on a connection that was cut, had been given: it knows what became of it."""
+        seconds = max(entry.deadline - WORKER_GRACE - now, REPEAT_SECONDS)
+        if entry.frame:
+            self.send(entry, vm, repeated(entry.frame, seconds))
+            return
+        asking = Message(
+            kind=Kind.REQUEST,
+            service=vm.service.decode(),
+            op=entry.op,
+            id=entry.number,
+            flags=FLAG_REPEATED | FLAG_ASKING,
+            seconds=seconds,
+        )
+        self.send(entry, vm, encode(asking))
 
     def on_bye(self, vm: VmEntry, now: float) -> None:
         """A worker says goodbye: nothing more is sent to it, and its exit follows."""
@@ -178,22 +201,21 @@ class Crew:
         self._lost(vm, now, f"worker {pid} ended without a goodbye")
 
     def _left(self, vm: VmEntry, now: float) -> None:
-        """A worker that had said goodbye is gone, with everything answered that it had taken up, but for what QEMU still owes it.
+        """A worker that had said goodbye is gone; what it has not answered goes to the next one, which knows what became of it.
 
-        So what waits, or would have needed a worker made, goes to the next one; of the rest, if the VM runs on, that one says what it
-        inherited.
+        Of a worker that does not remember for the next one, and whose VM is over: what it had taken up it has answered.
         """
         self._roster.absent(vm)
         vm.due, vm.deaths = None, 0
         vm.worker.move(WorkerState.ABSENT, "it had said goodbye")
         pending = [entry for entry in self._inflight.of_vm(vm.name) if entry.waits_for is None]
         for entry in pending:
-            if entry.frame and entry.spawns:
+            if entry.frame and entry.spawns and not vm.repeats:
                 entry.sent_to = None
-            elif entry.sent_to is not None and not vm.alive:
+            elif entry.sent_to is not None and not vm.alive and not vm.repeats:
                 self._inflight.take(entry.number)
                 self._answer_error(entry, NotRunning(f"VM {vm.name} does not run (it is {vm.state})"), entry.received)
-        waiting = any(entry.sent_to is None and entry.waits_for is None for entry in self._inflight.of_vm(vm.name))
+        waiting = any(entry.waits_for is None for entry in self._inflight.of_vm(vm.name))
         if waiting or vm.alive:
             self.make_worker(vm, now, "requests wait" if waiting else "the VM runs on")
         elif vm.status.get("forget") or not vm.known:

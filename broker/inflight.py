@@ -15,8 +15,12 @@ from ..common.names import VmName
 
 # Frames that wait for a worker to come up, all together. Above this new ones are refused.
 MAX_HELD_BYTES: Final = 64 * 1024 * 1024
-# A reading request up to this size is kept, to be sent again if its worker dies.
+# A request up to this size is kept, to be given to the next worker if its own dies.
 MAX_REPEATABLE_BYTES: Final = 64 * 1024
+
+
+# A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
+WORKER_GRACE: Final = 0.25
 
 
 class Entry(msgspec.Struct):
@@ -30,7 +34,8 @@ class Entry(msgspec.Struct):
     op: str
     reading: bool
     received: float
-    frame: bytes = b""  # native, already with `number`; b"" when it need not be sent (again)
+    deadline: float = 0.0  # when it is answered at the latest
+    frame: bytes = b""  # native, already with `number`; b"" when it is not kept
     sent_to: bytes | None = None
     spawns: bool = False  # an operation that may need a worker to be made for it
     waits_for: str | None = None  # state that `wait` waits for
@@ -69,6 +74,7 @@ class InFlight:
 
     def add(self, entry: Entry, deadline: float) -> None:
         """Take a request in. The caller has asked `require_room`."""
+        entry.deadline = deadline
         self._entries[entry.number] = entry
         self._of_client[entry.client] = self._of_client.get(entry.client, 0) + 1
         if entry.vm is not None:
@@ -99,10 +105,16 @@ class InFlight:
 
     def hold_frame(self, entry: Entry, frame: bytes) -> None:
         """Keep a request's frame until it is sent. Raises `Busy` if too much is kept already."""
-        if entry.client and self._held_bytes + len(frame) > MAX_HELD_BYTES:  # b"": the broker's own, few and small
+        if not self.keep_frame(entry, frame):
             raise Busy("too many requests wait for workers to come up; try again later")
+
+    def keep_frame(self, entry: Entry, frame: bytes) -> bool:
+        """Keep a request's frame, to be sent again; False if too much is kept already."""
+        if entry.client and self._held_bytes + len(frame) > MAX_HELD_BYTES:  # b"": the broker's own, few and small
+            return False
         entry.frame = frame
         self._held_bytes += len(frame)
+        return True
 
     def release_frame(self, entry: Entry) -> None:
         """The frame need not be kept any more."""
@@ -110,9 +122,9 @@ class InFlight:
         entry.frame = b""
 
     def sent(self, entry: Entry, identity: bytes) -> None:
-        """A held request has gone to a worker; its frame stays only if it may have to be sent again."""
+        """A held request has gone to a worker; its frame stays unless it is long."""
         entry.sent_to = identity
-        if not entry.spawns and (not entry.reading or len(entry.frame) > MAX_REPEATABLE_BYTES):
+        if not entry.spawns and len(entry.frame) > MAX_REPEATABLE_BYTES:
             self.release_frame(entry)
 
     def of_vm(self, vm: VmName) -> list[Entry]:

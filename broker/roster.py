@@ -45,6 +45,7 @@ class VmEntry:
         self.worker_pid: int | None = None
         self.born: float = 0.0  # when the worker presented itself (monotonic)
         self.due: float | None = None  # STARTING: give up; LOST: try again; exited: nothing more will come
+        self.protocol = 1  # between broker and this worker
         self.exited = False  # its end has been seen, its last words perhaps not
         self.deaths = 0  # in a row
         self.restarts = 0
@@ -55,6 +56,11 @@ class VmEntry:
         """What a worker says replaces all that was known."""
         status["run"] = status.get("started") is not None
         self.status = status
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its worker knows what became of requests that an earlier one had, and may be given them again."""
+        return self.protocol >= 2
 
     @property
     def state(self) -> str:

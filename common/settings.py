@@ -41,7 +41,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     probe_after: Seconds = 1.0  # a command unanswered for this long makes the worker ask out of band
     frozen_after: Seconds = 1.0  # an out-of-band question unanswered for this long means frozen
     reconnect_max_delay: Seconds = 5.0  # between attempts to reach a lost monitor
-    journal_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = 16 << 20  # of a VM's events on disk; the oldest go first
+    journal_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = (
+        16 << 20
+    )  # of a VM's events on disk; the oldest go first
     outbox: Count = 4096  # messages kept for a broker that is away
     max_reply: Annotated[int, msgspec.Meta(ge=1 << 16, le=1 << 30)] = 64 << 20  # bytes in one line of a monitor
     max_agent_reply: Annotated[int, msgspec.Meta(ge=1 << 12, le=1 << 28)] = 16 << 20  # bytes in one line of an agent

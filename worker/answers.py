@@ -8,9 +8,9 @@ one's answer instead of being carried out twice. Written before the act:
     step       number, name                      before one of its commands goes to QEMU
     answered   number, key, kind, body           before the answer goes out
 
-A single QMP command needs no `begun`: the ledger on the status page says that it was sent, and whom its answer belongs to. The file is a row
-of frames (journal/record.py); it is written anew when most of it is of no use any more. A disk that takes nothing costs the memory across
-workers, never the operation.
+A single QMP command needs no `begun`: the ledger on the status page says that it was sent, and whom its answer belongs to. The file is a
+row of frames (journal/frames.py); it is written anew when most of it is of no use any more. A disk that takes nothing costs the memory
+across workers, never the operation.
 """
 
 from __future__ import annotations

@@ -34,7 +34,13 @@ AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the
 
 
 async def start(
-    vm: Vm, handling: Handling, definition: Definition, *, paused: bool, deadline: float, go: Callable[[], Awaitable[Any]]
+    vm: Vm,
+    handling: Handling,
+    definition: Definition,
+    *,
+    paused: bool,
+    deadline: float,
+    go: Callable[[], Awaitable[Any]],
 ) -> None:
     """Launch QEMU and bring it to running, or to paused. `go` lets its CPUs run.
 

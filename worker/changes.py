@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a VM while nobody was connected to its monitor, as far as it can still be told: before and after. Pure; used by reconnection.py.
+"""What happened to a VM while nobody was connected to its monitor, as far as it can still be told. Pure; used by reconnection.py.
 
 Before is what the journal says; after is what QEMU answers. From both follows what EVENTS_LOST says beside its span.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting until something holds of a VM: whoever waits looks again whenever a state has changed. Used by vm.py and, through it, by verbs."""
+"""Waiting until something holds of a VM: whoever waits looks again when a state has changed. Used by vm.py and, through it, by verbs."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ All events of one monitor line are one batch, and so is each event of vmloop's o
     4  afterwards  commands that the line has answered are struck out of the ledger
     5  told        published, and given to listeners; TOLD on the page after each
 
-A worker that takes over after a death between 1 and 3 finds in the journal's newest batch what the page lacks (`unsettled`); the ledger has been
-prepared before 1 so that 3 decides about it; and what was not told yet is told. A death before 1 leaves no trace, and the line is read again. So
-no event is lost or doubled, and no number is given twice.
+A worker that takes over after a death between 1 and 3 finds in the journal's newest batch what the page lacks (`unsettled`); the ledger has
+been prepared before 1 so that 3 decides about it; and what was not told yet is told. A death before 1 leaves no trace, and the line is read
+again. So no event is lost or doubled, and no number is given twice.
 
-A disk that takes nothing costs the journal, not the VM: such events are published with `journalled: false`, kept in memory, and written when
-the disk takes them again.
+A disk that takes nothing costs the journal, not the VM: such events are published with `journalled: false`, kept in memory, and written
+when the disk takes them again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LineChange:
     """What a line changes on the status page, beside its events; each is called once, in this order."""
 
     def prepare(self, progress: int) -> None:
-        """Before anything is settled. `progress`: what PROGRESS will be then, so that a successor can tell on which side this worker died."""
+        """Before anything is settled. `progress`: what PROGRESS will be then; it tells a successor on which side of it this worker died."""
 
     def effect(self) -> None:
         """The events are in the journal: put on the page what they say. A successor may have to do the same again."""
@@ -132,7 +132,9 @@ class EventLog:
         self._line: list[LineChange] = []
         self._untold: deque[tuple[Event, bytes]] = deque()
         self._telling = False
-        self.on_trouble: Callable[[str], None] = lambda _: None  # the journal's problem is another one; "" when it is over
+        self.on_trouble: Callable[[str], None] = lambda _: (
+            None
+        )  # the journal's problem is another one; "" when it is over
         self._trouble = store.problem
         self.unsettled: list[Event] = []  # in the journal, and their effects perhaps not on the page
         self._finish_epoch()
@@ -202,7 +204,7 @@ class EventLog:
     # -- run --------------------------------------------------------------------------------------------------------------
 
     def emit(self, event: str, data: dict[str, Any], origin: Origin = "vmloop", at: int | None = None) -> Event:
-        """Give an event its number and send it out: at once, or with the line that it belongs to. `at`: microseconds since 1970, now if None."""
+        """Give an event its number and send it out: at once, or with its line. `at`: microseconds since 1970, now if None."""
         self._seq += 1
         made = Event(
             vm=self._name,
@@ -357,7 +359,10 @@ class EventLog:
         if (span := store.truncated()) is not None:
             self._tell_lost(*span, "the journal is full: its oldest part was dropped")
         if (span := store.lost()) is not None:
-            self._tell_lost(*span, f"they could not be written down ({self._trouble or 'the disk was full'}), and were too many to keep")
+            self._tell_lost(
+                *span,
+                f"they could not be written down ({self._trouble or 'the disk was full'}), and were too many to keep",
+            )
 
     def _tell_lost(self, first: Cursor, last: Cursor, reason: str) -> None:
         self.emit("JOURNAL_TRUNCATED", {"first": str(first), "last": str(last), "reason": reason})

@@ -75,7 +75,9 @@ class Handling:
         for event in self._pending.events:  # that a worker before this one did not handle to its end
             log.info("VM %s: %s %d is handled again", self.name, event.event, event.seq)
             self._dispatcher.dispatch(event, only_shipped=True)
-        for event in self._vm.events.since(self._vm.events.unheard):  # that the run has begun, or what the last worker did not come to
+        for event in self._vm.events.since(
+            self._vm.events.unheard
+        ):  # that the run has begun, or what the last worker did not come to
             self._on_event(event)
         self._unlisten = self._vm.events.listen(self._on_event)
 

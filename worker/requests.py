@@ -2,8 +2,8 @@
 """The requests of one VM: taken up once, carried out at most once, answered once, whichever worker does it. Part of app.py.
 
 A request that the broker gives to the next worker (`repeated`) is, in this order: being carried out here already; answered (answers.py);
-an operation of several steps that was begun, which goes on from the step where it was; or not begun, and begins now. A single command of QMP is
-in the first of these: the session takes it over from the ledger and `inherit` says whose it is.
+an operation of several steps that was begun, which goes on from the step where it was; or not begun, and begins now. A single command of
+QMP is in the first of these: the session takes it over from the ledger and `inherit` says whose it is.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Requests:
         self._answers = answers
         self._running: set[int] = set()  # taken up or inherited, not answered
         self._tasks: set[asyncio.Task[None]] = set()
-        self._replies: dict[int, asyncio.Future[Any]] = {}  # request → QEMU's answer to a step that an earlier worker made
+        self._replies: dict[
+            int, asyncio.Future[Any]
+        ] = {}  # request → QEMU's answer to a step that an earlier worker made
         self._on_cancel: dict[int, Callable[[], None]] = {}  # request → what to do when its caller is gone
         self.last = app.loop.time()  # when the newest one came
 
@@ -146,7 +148,9 @@ class Requests:
             return done
         self._running.add(number)
         now = self._loop.time()
-        request = Request(number, "qmp", owed.deadline, now, owed.reading, owed.key, _no_parts, lasting=not owed.reading)
+        request = Request(
+            number, "qmp", owed.deadline, now, owed.reading, owed.key, _no_parts, lasting=not owed.reading
+        )
         if owed.key:
             self._answers.begin(owed.key, number)
         return lambda value, error: self.finish(request, value, error)

@@ -11,7 +11,7 @@ from .. import __version__
 from ..common.page import Page, Word
 from .vm import Vm
 
-PROTOCOL: Final = 1  # between broker and worker
+PROTOCOL: Final = 2  # between broker and worker
 
 
 def status_of(

@@ -24,6 +24,7 @@ from vmloop.common.page import Page
 from vmloop.common.settings import WorkerSettings
 from vmloop.worker.agent.agent import GuestAgent
 from vmloop.worker.events import Event, EventLog
+from vmloop.worker.journal.store import EventStore
 
 Request = dict[str, Any]
 Answer = Callable[[Request], bytes | None]
@@ -153,7 +154,7 @@ class Bench:
         self.path = directory / "agent.sock"
         self.page = Page(directory / "page", writable=True)
         self.events: list[Event] = []
-        self.log = EventLog(VmName("vm1"), self.page, lambda _: None, 1000)
+        self.log = EventLog(VmName("vm1"), self.page, lambda _: None, EventStore(directory / "journal"))
         self.log.listen(self.events.append)
         self.section = section
         self.peer = AgentPeer(self.path)

@@ -12,17 +12,20 @@ import os
 import select
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
+from vmloop.common.cursor import Cursor
 from vmloop.common.names import VmName
 from vmloop.common.pack import unpack_map
 from vmloop.common.page import Page, Word
 from vmloop.common.paths import VmPaths
 from vmloop.common.wire import decode
 from vmloop.worker.events import EventLog
+from vmloop.worker.journal.record import Record, encode_batch
+from vmloop.worker.journal.store import EventStore
 from vmloop.worker.qmp.framing import LineReader
 
 NAME: Final = VmName("web1")
@@ -92,6 +95,29 @@ class _Socket:
         return call
 
 
+class _Store(EventStore):
+    """A kill inside a write leaves a part of it."""
+
+    def __init__(self, directory: Path, steps: Steps) -> None:
+        super().__init__(directory)
+        self._steps = steps
+
+    def append(self, batch: Sequence[Record]) -> bool:
+        self._steps.step()
+        try:
+            self._steps.step()
+        except Killed:
+            self._tear(batch)
+            raise
+        return super().append(batch)
+
+    def _tear(self, batch: Sequence[Record]) -> None:
+        newest = max(self._directory.glob("*.journal"), default=None)
+        if newest is not None:
+            with newest.open("ab") as file:
+                file.write(encode_batch(batch)[:-1])
+
+
 class Worker:
     """One incarnation: its own mapping of the page, its own fd of the connection."""
 
@@ -105,7 +131,8 @@ class Worker:
             steps.step()
             bench.publish(frame)
 
-        self.events = EventLog(NAME, page, publish, keep=16)
+        self.store = _Store(bench.paths.journal, steps)
+        self.events = EventLog(NAME, page, publish, self.store)
         self.reader = LineReader(
             cast("socket.socket", _Socket(self.connection, steps)),
             page,
@@ -120,6 +147,7 @@ class Worker:
         return self.reader.read(lambda line: self._on_line(self, line))
 
     def close(self) -> None:
+        self.store.close()
         self.page.close()
         self.connection.close()
 
@@ -131,8 +159,14 @@ class Bench:
     """
 
     def __init__(
-        self, on_line: Callable[[Worker, bytes], None], kills: list[int] | None = None, max_line: int = MAX_LINE
+        self,
+        on_line: Callable[[Worker, bytes], None],
+        kills: list[int] | None = None,
+        max_line: int = MAX_LINE,
+        own_event: str = "",
     ) -> None:
+        """`own_event`: what each worker that takes over says before it reads."""
+        self.own_event = own_event
         self.on_line = on_line
         self.max_line = max_line
         self.published: list[Published] = []
@@ -197,6 +231,10 @@ class Bench:
         words = self.worker.page.words
         return words[Word.PENDING], words[Word.PROGRESS] & 0xFFFFFF, words[Word.PROGRESS] >> 24
 
+    def journal(self) -> list[Published]:
+        """What a reader of the journal finds."""
+        return [(event.seq, event.event, event.data) for event in self.worker.events.since(Cursor(0, 0))]
+
     def carry_files(self) -> list[str]:
         return sorted(name for name in os.listdir(self._directory.name) if name.startswith("carry"))
 
@@ -206,6 +244,9 @@ class Bench:
             self.worker = Worker(self, Steps())
             self._allow_steps()
             try:
+                self.worker.events.tell_of_predecessor()
+                if self.own_event:
+                    self.worker.events.emit(self.own_event, {})
                 self.worker.reader.take_over()
             except Killed:
                 continue

@@ -22,6 +22,7 @@ from vmloop.common.paths import VmPaths
 from vmloop.common.settings import WorkerSettings
 from vmloop.common.states import MonitorState
 from vmloop.worker.events import EventLog
+from vmloop.worker.journal.store import EventStore
 from vmloop.worker.qmp.commands import Command, Done
 from vmloop.worker.qmp.framing import LineReader
 from vmloop.worker.qmp.ledger import Ledger, Owed
@@ -87,7 +88,7 @@ class Life:
         self.page = Page(bench.paths.page, writable=True)
         self.connection = bench.peer.connection.dup()
         self.connection.setblocking(False)
-        events = EventLog(VmName("web1"), self.page, lambda frame: None, keep=8)
+        events = EventLog(VmName("web1"), self.page, lambda frame: None, EventStore(bench.paths.journal))
         reader = LineReader(self.connection, self.page, bench.paths, events, bench.max_line)
         self.session = QmpSession(self.loop, self.connection, reader, self.page, bench.settings, self.vm)
 

@@ -160,7 +160,7 @@ def test_texts_of_any_length_stay_in_their_places(tmp_path_factory: pytest.TempP
         page.words[REASON_WORDS.stop] = ALL_ONES
         page.busy(text)
         assert page.state_reason() == ""
-        page.put_state(3, text)
+        page.put_state(3, text, 17)
         for read in (page.task(), page.state_reason()):
             if len(text.encode()) < 64:
                 assert read == text
@@ -175,15 +175,14 @@ def test_texts_of_any_length_stay_in_their_places(tmp_path_factory: pytest.TempP
 
 def test_a_text_that_is_no_utf8_is_written_all_the_same(path: Path) -> None:
     with Page(path, writable=True) as page:
-        page.put_state(1, "from \udcff")
+        page.put_state(1, "from \udcff", 17)
         assert page.state_reason() == "from ?"
 
 
-def test_a_state_is_put_with_the_time(path: Path) -> None:
+def test_a_state_is_put_with_its_time(path: Path) -> None:
     with Page(path, writable=True) as page:
-        before = time.time_ns() // 1000
-        page.put_state(2, "stop")
-        assert before <= page.words[Word.SINCE] <= time.time_ns() // 1000
+        page.put_state(2, "stop", 17)
+        assert page.words[Word.SINCE] == 17
     with Page(path, writable=False) as looker:
         assert (looker.words[Word.STATE], looker.state_reason()) == (2, "stop")
 

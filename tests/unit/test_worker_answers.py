@@ -1,40 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers by key: a repeat gets the first answer, a repeat of what still runs is answered with it, and the memory is bounded."""
+"""Remembered answers: by number and by key, once each, in bounds, across workers, on disks that are full and files that are torn."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmloop.common.cursor import Cursor
 from vmloop.common.wire import Kind
-from vmloop.worker.answers import MAX_BYTES, MAX_KEYS, Answers
+from vmloop.worker.answers import MAX_ANSWERS, MAX_BYTES, SLACK_BYTES, Answers
+
+REPLY, ERROR = Kind.REPLY, Kind.ERROR
+HERE = Cursor(3, 17)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "answers"
 
 
 def key(number: int) -> bytes:
-    return b"key %d" % number
+    return f"key {number}".encode()
 
 
 def answered(answers: Answers, *numbers: int, body: bytes = b"body") -> None:
     for number in numbers:
-        assert answers.begin(key(number), number)
-        assert answers.finish(key(number), Kind.REPLY, body) == [number]
+        answers.begin(key(number), number)
+        answers.finish(number, key(number), REPLY, body)
 
 
-def test_a_key_that_never_came_is_not_known() -> None:
-    assert Answers().known(b"new") is None
+def body_of(answers: Answers, number: int, key: bytes = b"") -> bytes | None:
+    known = answers.known(number, key)
+    return None if known is None else known.body
 
 
 def test_a_repeat_gets_the_first_answer() -> None:
     answers = Answers()
     assert answers.begin(b"k", 1)
-    assert answers.known(b"k") is None  # it runs still
-    assert answers.finish(b"k", Kind.REPLY, b"first") == [1]
-    assert answers.known(b"k") == (Kind.REPLY, b"first")
-    assert answers.known(b"k") == (Kind.REPLY, b"first")
+    assert answers.known(1, b"k") is None  # it runs still
+    assert answers.finish(1, b"k", REPLY, b"first") == [1]
+    for number in (1, 2):  # by its number, and under another one by its key
+        known = answers.known(number, b"k")
+        assert known is not None
+        assert (known.kind, known.body) == (REPLY, b"first")
+    assert answers.known(2) is None
 
 
 def test_an_error_is_an_answer_too() -> None:
     answers = Answers()
-    answers.begin(b"k", 1)
-    answers.finish(b"k", Kind.ERROR, b"denied")
-    assert answers.known(b"k") == (Kind.ERROR, b"denied")
+    answers.finish(1, b"", ERROR, b"denied")
+    known = answers.known(1)
+    assert known is not None
+    assert known.kind == ERROR
 
 
 def test_a_repeat_of_what_still_runs_is_answered_together_with_it() -> None:
@@ -43,50 +64,184 @@ def test_a_repeat_of_what_still_runs_is_answered_together_with_it() -> None:
     assert not answers.begin(b"k", 2)
     assert answers.begin(b"other", 3)
     assert not answers.begin(b"k", 4)
-    assert answers.finish(b"k", Kind.REPLY, b"x") == [1, 2, 4]
-    assert answers.finish(b"other", Kind.REPLY, b"y") == [3]
+    assert answers.finish(1, b"k", REPLY, b"x") == [1, 2, 4]
+    assert answers.finish(3, b"other", REPLY, b"y") == [3]
 
 
-def test_nobody_is_told_twice() -> None:
+def test_what_only_reads_and_has_no_key_is_not_remembered() -> None:
     answers = Answers()
-    answers.begin(b"k", 1)
-    assert answers.finish(b"k", Kind.REPLY, b"x") == [1]
-    assert answers.finish(b"k", Kind.REPLY, b"x") == []
+    assert answers.finish(1, b"", REPLY, b"x", lasting=False) == [1]
+    assert answers.known(1) is None
 
 
-def test_the_oldest_key_is_forgotten_first() -> None:
+def test_the_oldest_answer_is_forgotten_first() -> None:
     answers = Answers()
-    answered(answers, *range(MAX_KEYS + 2))
-    assert answers.known(key(0)) is None
-    assert answers.known(key(1)) is None
-    assert answers.known(key(2)) == (Kind.REPLY, b"body")
-    assert answers.known(key(MAX_KEYS + 1)) == (Kind.REPLY, b"body")
+    answered(answers, *range(1, MAX_ANSWERS + 3))
+    assert [body_of(answers, 0, key(number)) for number in (1, 2, 3, MAX_ANSWERS + 2)] == [None, None, b"body", b"body"]
 
 
 def test_the_answers_together_are_bounded_in_bytes() -> None:
     answers = Answers()
     quarter = bytes(MAX_BYTES // 4)
     answered(answers, 1, 2, 3, 4, body=quarter)
-    assert all(answers.known(key(number)) for number in (1, 2, 3, 4))
+    assert all(answers.known(number) for number in (1, 2, 3, 4))
     answered(answers, 5, body=b"x")
-    assert answers.known(key(1)) is None
-    assert all(answers.known(key(number)) for number in (2, 3, 4, 5))
+    assert answers.known(1) is None
+    assert all(answers.known(number) for number in (2, 3, 4, 5))
 
 
 def test_one_answer_over_the_bound_is_remembered_alone() -> None:
     answers = Answers()
     answered(answers, 1, 2)
     answered(answers, 3, body=bytes(MAX_BYTES + 1))
-    assert [answers.known(key(number)) is not None for number in (1, 2, 3)] == [False, False, True]
+    assert [answers.known(number) is not None for number in (1, 2, 3)] == [False, False, True]
     answered(answers, 4)
-    assert [answers.known(key(number)) is not None for number in (3, 4)] == [False, True]
+    assert [answers.known(number) is not None for number in (3, 4)] == [False, True]
 
 
 def test_an_answer_that_replaces_one_of_its_key_does_not_count_twice() -> None:
     answers = Answers()
     half = bytes(MAX_BYTES // 2)
-    for _ in range(5):
-        answered(answers, 1, body=half)
-    answered(answers, 2, body=half)
-    assert answers.known(key(1)) is not None
-    assert answers.known(key(2)) is not None
+    for number in range(1, 6):
+        answers.finish(number, b"same", REPLY, half)
+    answers.finish(9, b"other", REPLY, half)
+    assert body_of(answers, 0, b"same") == body_of(answers, 0, b"other") == half
+    assert answers.known(1) is None
+
+
+# -- across workers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_worker_knows_what_was_answered(path: Path) -> None:
+    first = Answers(path)
+    first.finish(1, b"k", REPLY, b"done")
+    first.finish(2, b"", ERROR, b"not so")
+    first.finish(3, b"", REPLY, b"read", lasting=False)
+    first.close()
+    second = Answers(path)
+    assert body_of(second, 7, b"k") == b"done"
+    assert body_of(second, 2) == b"not so"
+    assert second.known(3) is None
+    second.close()
+
+
+def test_the_next_worker_knows_what_was_begun_and_how_far_it_came(path: Path) -> None:
+    first = Answers(path)
+    first.begun(1, b"k", "stop", HERE)
+    assert first.left_by_predecessor(1) is None  # it is its own
+    first.step(1, "system_powerdown")
+    first.begun(2, b"", "pause", HERE)
+    first.finish(2, b"", REPLY, b"paused")
+    first.close()
+    second = Answers(path)
+    for number, by_key in ((1, b""), (9, b"k")):
+        left = second.left_by_predecessor(number, by_key)
+        assert left is not None
+        begun, steps = left
+        assert (begun.op, begun.cursor, steps) == ("stop", HERE, ("system_powerdown",))
+    assert second.left_by_predecessor(2) is None
+    assert second.left_by_predecessor(9, b"another") is None
+    second.close()
+
+
+def test_what_is_adopted_is_left_to_the_one_after_under_its_new_number(path: Path) -> None:
+    first = Answers(path)
+    first.begun(1, b"k", "stop", HERE)
+    first.step(1, "system_powerdown")
+    first.close()
+    second = Answers(path)
+    left = second.left_by_predecessor(5, b"k")
+    assert left is not None
+    second.adopt(left[0], 5, b"k")
+    assert second.left_by_predecessor(5, b"k") is None
+    second.step(5, "quit")
+    second.close()
+    third = Answers(path)
+    left = third.left_by_predecessor(5)
+    assert left is not None
+    assert left[1] == ("system_powerdown", "quit")
+    assert third.is_left(5)
+    third.finish(5, b"k", REPLY, b"off")
+    assert not third.is_left(5)
+    third.close()
+
+
+def test_nothing_is_written_for_those_who_only_read(path: Path) -> None:
+    answers = Answers(path)
+    answers.finish(1, b"k", REPLY, b"x", lasting=False)
+    assert not path.exists()
+    assert answers.fileno() == -1
+
+
+def test_a_file_that_has_grown_is_written_anew_with_what_is_remembered(path: Path) -> None:
+    answers = Answers(path)
+    for number in range(1, 400):
+        answers.finish(number, b"k", REPLY, bytes(10_000))
+    answers.begun(900, b"", "stop", HERE)
+    answers.step(900, "quit")
+    for number in range(400, 600):
+        answers.finish(number, b"k", REPLY, bytes(10_000))
+    assert path.stat().st_size < 2 * 10_000 + SLACK_BYTES + 20_000
+    answers.close()
+    second = Answers(path)
+    assert body_of(second, 0, b"k") == bytes(10_000)
+    left = second.left_by_predecessor(900)
+    assert left is not None
+    assert left[1] == ("quit",)
+    second.close()
+    assert os.listdir(path.parent) == ["answers"]
+
+
+@settings(max_examples=200)
+@given(cut=st.integers(0, 200), junk=st.binary(max_size=60))
+def test_of_a_torn_or_damaged_file_the_good_beginning_is_used(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, junk: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("a") / "answers"
+    first = Answers(path)
+    sizes = []
+    for number in (1, 2, 3):
+        first.finish(number, b"", REPLY, b"x" * 20)
+        sizes.append(path.stat().st_size)
+    first.close()
+    path.write_bytes(path.read_bytes()[:cut] + junk)
+    second = Answers(path)
+    for number, size in zip((1, 2, 3), sizes, strict=True):
+        if size <= cut:
+            assert body_of(second, number) == b"x" * 20
+    second.finish(4, b"", REPLY, b"later")  # and it can be written on
+    second.close()
+    third = Answers(path)
+    assert body_of(third, 4) == b"later"
+    third.close()
+
+
+def test_a_disk_that_takes_nothing_costs_the_memory_across_workers_only(tmp_path: Path) -> None:
+    answers = Answers(tmp_path / "missing" / "answers")
+    answers.begun(1, b"", "stop", HERE)
+    answers.step(1, "quit")
+    assert answers.finish(1, b"", REPLY, b"done") == [1]
+    assert body_of(answers, 1) == b"done"
+
+
+def test_a_write_that_the_disk_takes_in_part_does_not_hide_what_comes_after(path: Path) -> None:
+    import resource
+    import signal
+
+    answers = Answers(path)
+    answers.finish(1, b"", REPLY, b"x" * 100)
+    size = path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
+        answers.finish(2, b"", REPLY, b"y" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert path.stat().st_size == size
+    answers.finish(3, b"", REPLY, b"z" * 100)
+    answers.close()
+    second = Answers(path)
+    assert [body_of(second, number) is not None for number in (1, 2, 3)] == [True, False, True]
+    second.close()

@@ -58,6 +58,7 @@ def assert_told_exactly(bench: Bench, lines: list[bytes], deaths: int) -> None:
     assert [seq for seq, *_ in kept] == list(range(1, len(kept) + 1))
     assert len(bench.published) - len(kept) <= 2 * deaths, "more was repeated than the line at hand"
     assert bench.left_over() == (0, 0, len(kept))
+    assert bench.journal() == sorted(kept)
     with pytest.raises(BlockingIOError):
         bench.connection.recv(1)
 
@@ -292,6 +293,22 @@ def test_nor_does_one_whose_successor_is_killed_at_any_step_of_its_own(scenario:
     for first in range(run(writes, lines, [])):
         for second in range(16):  # all that a take-over does, and the turn after it
             run(writes, lines, [first, second])
+
+
+def test_what_each_worker_says_itself_takes_no_number_of_the_line_that_was_cut() -> None:
+    lines = [b"a", b"bb", b"ccccc", b"dddd"]
+    for first in range(60):
+        for second in (3, 8, 1000):
+            with Bench(emit_events, [first, second], own_event="WORKER_LOST") as bench:
+                bench.send(b"\n".join(lines) + b"\n")
+                assert bench.read_all()
+                told = sorted(without_repetitions(bench.published))
+                assert bench.journal() == told
+                assert [seq for seq, *_ in told] == list(range(1, len(told) + 1))
+                own = [event for event in told if event[1] == "WORKER_LOST"]
+                assert [event[1:] for event in told if event not in own] == [
+                    (name, data) for line in lines for name, data in events_of(line)
+                ]
 
 
 def test_a_row_of_workers_that_each_make_a_few_steps_gets_through() -> None:

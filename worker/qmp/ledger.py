@@ -8,8 +8,8 @@ A successor finds here whom the replies in the socket belong to. Each entry has 
     4  length of key    5-12  key    13  if answered: PROGRESS once the line of the answer is settled
 
 Word 0 is stored last on entry, so that an entry is either whole or not there. An entry is marked as answered before the line that answers
-it is settled (worker/events.py), and struck out after that: a successor that finds the mark sees from PROGRESS whether it will read that line again.
-Used by session.py.
+it is settled (worker/events.py), and struck out after that: a successor that finds the mark sees from PROGRESS whether it will read that
+line again. Used by session.py.
 """
 
 from __future__ import annotations

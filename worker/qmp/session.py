@@ -53,7 +53,9 @@ log = logging.getLogger(__name__)
 
 IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
 OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
-REPAIR_SECONDS: Final = 3600.0  # QEMU answers in order, however late; the cut command's caller has a deadline of its own
+REPAIR_SECONDS: Final = (
+    3600.0  # QEMU answers in order, however late; the cut command's caller has a deadline of its own
+)
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
 
 
