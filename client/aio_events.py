@@ -16,21 +16,26 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import zmq
 
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NoBroker, NoSuchVm, VmloopError
+from ..common.errors import DeadlineExceeded, NoSuchVm, VmloopError
 from ..common.sockets import edge_fd, watch_connection
 from .lane import Socket, connection_lost, readable
 from .stream import (
     BATCH,
+    FETCH_AGAIN,
     FETCH_ATTEMPTS,
     FIRST_CHECK,
     MAX_CHECK,
     Event,
     Fetch,
+    Page,
     Stream,
+    attended,
     begin,
     checked_interest,
+    page_of,
     positions_of,
     topics_of,
+    transient,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ class Events(AsyncIterator[Event]):
         self._socket: Socket | None = None
         self._watch: Socket | None = None
         self._readable = asyncio.Event()
+        self._live: set[str] = set()
         self._closed = False
         self._check_delay = FIRST_CHECK
         self._check_at = 0.0
@@ -114,7 +120,8 @@ class Events(AsyncIterator[Event]):
         for socket in (self._socket, self._watch):
             loop.add_reader(edge_fd(socket), self._readable.set)
         try:
-            begin(self._stream, self._names, self._since, self._recent, await self._ask_positions())
+            known = await self._ask_positions()
+            begin(self._stream, self._names, self._since, self._recent, known, self._live)
         except BaseException:
             await self.close()
             raise
@@ -179,35 +186,41 @@ class Events(AsyncIterator[Event]):
 
     async def _fetch(self, fetch: Fetch) -> None:
         try:
-            parts = await self._page(fetch)
+            page = await self._page(fetch)
         except VmloopError as error:
             if self._closed:
                 return
             if self._stream.refuses(fetch, error):
                 await self.close()
                 raise
-            self._stream.fetch_failed(error)
+            if self._stream.fetch_failed(error):
+                raise
             return
-        self._stream.fetched(parts)
+        self._stream.fetched(page)
 
-    async def _page(self, fetch: Fetch) -> list[Any]:
+    async def _page(self, fetch: Fetch) -> Page:
         try:
             return await self._ask_page(fetch)
-        except NoBroker:  # it went away in the middle of the page; the next one is asked for all of it
-            from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+        except VmloopError as error:
+            if not transient(error):
+                raise
+        # Broker or worker went away in the middle of the page; all of it is asked for again.
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-            retry = retry_if_exception_type(NoBroker)
-            attempts = AsyncRetrying(reraise=True, retry=retry, stop=stop_after_attempt(FETCH_ATTEMPTS))
-            return await attempts(self._ask_page, fetch)
+        wait, stop = wait_exponential(FETCH_AGAIN), stop_after_attempt(FETCH_ATTEMPTS)
+        attempts = AsyncRetrying(reraise=True, retry=retry_if_exception(transient), wait=wait, stop=stop)
+        return await attempts(self._ask_page, fetch)
 
-    async def _ask_page(self, fetch: Fetch) -> list[Any]:
-        request = fetch.request()
-        parts = self._host.call_streaming(request.service, request.op, request.arguments, reading=True)
-        return [part async for part in parts]
+    async def _ask_page(self, fetch: Fetch) -> Page:
+        parts: list[Any] = []
+        answer = await self._host.answer_in_parts(fetch.request(), parts.append)
+        return page_of(parts, answer.value)
 
     async def _ask_positions(self) -> dict[str, Cursor]:
         if len(self._names) != 1:
-            return positions_of(await self._host.list())
+            entries = await self._host.list()
+            self._live = attended(entries)
+            return positions_of(entries)
         try:
             return positions_of(await self._host.stats(self._names[0]))
         except NoSuchVm:

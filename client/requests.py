@@ -203,9 +203,12 @@ def thaw(service: str) -> Request[Any]:
     return agent(service, "guest-fsfreeze-thaw")
 
 
-def events(service: str, since: str, limit: int) -> Request[Any]:
-    """One page of a VM's events; asked for as a stream, each part is one event."""
-    return Request(service, "events", {"since": since, "limit": limit}, plain, reading=True)
+def events(service: str, since: str, limit: int, last: int | None = None) -> Request[Any]:
+    """One page of a VM's events; asked for as a stream, each part is one event. `last`: no more than the newest so many."""
+    arguments: dict[str, Any] = {"since": since, "limit": limit}
+    if last is not None:
+        arguments["last"] = last
+    return Request(service, "events", arguments, plain, reading=True)
 
 
 def newest(cursor: Cursor, shown: Any) -> Cursor:

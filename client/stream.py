@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of events: what to hand out, what to fetch, what is lost. No sockets: subscription.py (blocking) and aio_events.py wait.
 
-PUB is a doorbell that may drop; the worker that keeps the events is the truth. So a stream
+PUB is a doorbell that may drop; the journal, which the VM's worker reads, is the truth. So a stream
   1. subscribes,
   2. asks the broker how far each VM is (its position), or takes the caller's cursor,
   3. fetches what lies between through the op `events`, a page at a time,
   4. follows PUB: an event at or before the position is a repetition and dropped, the next one is handed out, a jump is fetched first,
   5. asks the broker now and then how far each VM is, in case the last message before a silence was the one that PUB dropped.
-What nobody has any more becomes one event EVENTS_LOST that says the span.
+What the journal does not have any more becomes one event EVENTS_LOST that says the span. A journal that cannot be asked now loses nothing:
+the stream asks again, and where it gives up for now it raises, and goes on at the same place when it is asked for the next event.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from ..common.cursor import Cursor, parse_cursor
-from ..common.errors import BadRequest, NotRunning, VmloopError, WorkerLost
+from ..common.errors import BadRequest, NoSuchVm, NotRunning, VmloopError
 from ..common.names import VmName, host_topic, vm_name, vm_service, vm_topic
 from ..common.pack import unpack
 from . import requests
@@ -33,8 +34,11 @@ EVENTS_LOST: Final = "EVENTS_LOST"
 
 # Events per request to a worker: bounds memory here and the time a lane is held.
 PAGE: Final = 500
-# A broker may go away in the middle of a page; each attempt waits for the next broker until the connection's timeout.
+# What `recent` begins with: so many events of each VM.
+RECENT: Final = 1000
+# Brokers and workers that go away are back within seconds; each attempt waits for them until the connection's timeout.
 FETCH_ATTEMPTS: Final = 3
+FETCH_AGAIN: Final = 0.05  # seconds before the second attempt; doubles
 # Messages taken from the socket at once.
 BATCH: Final = 100
 # Seconds between questions how far the VMs are: soon after subscribing, because PUB knows a subscriber only a moment later.
@@ -52,6 +56,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     event: str
     data: Any = None
     origin: str = ""
+    journalled: bool = True  # False: not on the disk when it was published, which is full or broken
 
     @property
     def cursor(self) -> Cursor:
@@ -64,9 +69,28 @@ class Fetch(msgspec.Struct, frozen=True):
 
     vm: VmName
     since: Cursor
+    last: int | None = None
 
     def request(self) -> requests.Request[Any]:
-        return requests.events(vm_service(self.vm), str(self.since), PAGE)
+        return requests.events(vm_service(self.vm), str(self.since), PAGE, self.last)
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What a worker gave: its events, and whether there are more after them."""
+
+    parts: list[Any]
+    more: bool
+
+
+def page_of(parts: list[Any], value: Any) -> Page:
+    """The page that came in these parts. `value`: the reply behind them; a worker that does not say so has more if the page is full."""
+    more = value.get("more") if isinstance(value, dict) else None
+    return Page(parts, more if isinstance(more, bool) else len(parts) >= PAGE)
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the journal may answer later: it could not be asked, or its worker had to be made."""
+    return not isinstance(error, (NoSuchVm, NotRunning, BadRequest)) and isinstance(error, VmloopError)
 
 
 def event_from(value: object) -> Event | None:
@@ -103,7 +127,7 @@ class Stream:
         self._position: dict[str, Cursor] = {}
         self._ready: deque[Event] = deque()  # to hand out
         self._inbox: deque[Event] = deque()  # from PUB, in its order; at most one batch
-        self._replays: dict[VmName, None] = {}  # VMs whose kept events come first
+        self._replays: dict[VmName, int | None] = {}  # VMs whose kept events come first, and how many at most
         self._targets: dict[str, Cursor] = {}  # how far the broker said that VMs are
         self._fetching: VmName | None = None
         self._waiting: Event | None = None  # the event of the inbox for whose sake something is fetched
@@ -115,10 +139,10 @@ class Stream:
         """Events up to these are not wanted. A VM that is not there has had none."""
         self._position.update(positions)
 
-    def replay(self, name: VmName, since: Cursor) -> None:
-        """Fetch what is kept of a VM's events after a cursor before anything else."""
+    def replay(self, name: VmName, since: Cursor, last: int | None = None) -> None:
+        """Fetch what is kept of a VM's events after a cursor, the `last` ones at most, before anything else."""
         self._position[name] = since
-        self._replays[name] = None
+        self._replays[name] = last
 
     def arrived(self, body: bytes) -> None:
         """A message from PUB."""
@@ -134,29 +158,39 @@ class Stream:
         """How far the broker says that the VMs are."""
         self._targets.update((vm, cursor) for vm, cursor in cursors.items() if not self._names or vm in self._names)
 
-    def fetched(self, parts: list[Any]) -> None:
+    def fetched(self, page: Page) -> None:
         """A page of what was fetched."""
         vm = self._fetching
         if vm is None:
             return
         before = self._position.get(vm)
-        for part in parts:
+        for part in page.parts:
             event = event_from(part)
             if event is not None and event.vm == vm:
                 self._accept(event)
-        if len(parts) < PAGE or self._position.get(vm) == before:
-            self._end_fetch(vm, answered=True)
+        if vm in self._replays:
+            self._replays[vm] = None
+        if not page.more or self._position.get(vm) == before:
+            self._end_fetch(vm)
 
-    def fetch_failed(self, error: VmloopError) -> None:
-        """The worker could not be asked."""
+    def fetch_failed(self, error: VmloopError) -> bool:
+        """The journal could not be read. True if that must be told to whoever asked for the next event: it is tried again then."""
         vm, self._fetching = self._fetching, None
         log.log(logging.DEBUG if self.replaying else logging.WARNING, "no events of %s could be fetched: %s", vm, error)
-        if vm is not None:
-            self._end_fetch(vm, answered=False)
+        if vm is None:
+            return False
+        if not transient(error):
+            self._end_fetch(vm)
+            return False
+        wanted = vm in self._replays or self._waiting is not None
+        self._waiting = None
+        if not wanted:
+            self._targets.pop(vm, None)  # a look after a silence is repeated by the next one
+        return wanted
 
     def refuses(self, fetch: Fetch, error: VmloopError) -> bool:
-        """Whether a failed fetch ends the stream: the caller asked for that VM's past, and it is not just that nobody keeps it."""
-        return self.replaying and fetch.vm in self._names and not isinstance(error, (NotRunning, WorkerLost))
+        """Whether a failed fetch ends the stream: the caller asked for the past of a VM that has none."""
+        return self.replaying and fetch.vm in self._names and isinstance(error, (NoSuchVm, BadRequest))
 
     @property
     def replaying(self) -> bool:
@@ -170,7 +204,8 @@ class Stream:
             if self._fetching is None and not self._choose_fetch():
                 return None
             if self._fetching is not None and not self._ready:
-                return Fetch(self._fetching, self._position.get(self._fetching, Cursor(0, 0)))
+                vm = self._fetching
+                return Fetch(vm, self._position.get(vm, Cursor(0, 0)), self._replays.get(vm))
         return self._ready.popleft()
 
     def _choose_fetch(self) -> bool:
@@ -196,12 +231,12 @@ class Stream:
             return False
         return True
 
-    def _end_fetch(self, vm: VmName, answered: bool) -> None:
+    def _end_fetch(self, vm: VmName) -> None:
         self._fetching = None
         self._replays.pop(vm, None)
         target = self._targets.pop(vm, None)
-        if not answered or target is None or self._waiting is not None:
-            return  # a failed look after a silence is repeated by the next one
+        if target is None or self._waiting is not None:
+            return
         position = self._position.get(vm)
         if position is not None and position < target:
             self._ready.append(lost(vm, position, target))
@@ -258,13 +293,23 @@ def topics_of(names: tuple[VmName, ...]) -> list[bytes]:
     return [vm_topic(name) for name in names] if names else [b"vm/", host_topic()]
 
 
+def attended(entries: list[VmSummary] | list[VmStats]) -> set[str]:
+    """The VMs that have a worker: for the recent events of all VMs none is made."""
+    return {entry.name for entry in entries if isinstance(entry, VmSummary) and entry.worker != "absent"}
+
+
 def begin(
-    stream: Stream, names: tuple[VmName, ...], since: Cursor | None, recent: bool, known: dict[str, Cursor]
+    stream: Stream,
+    names: tuple[VmName, ...],
+    since: Cursor | None,
+    recent: bool,
+    known: dict[str, Cursor],
+    live: set[str],
 ) -> None:
-    """Set a new stream to where its caller wants it to begin. `known`: how far the VMs are now."""
+    """Set a new stream to where its caller wants it to begin. `known`: how far the VMs are now; `live`: those that have a worker."""
     stream.begin({name: cursor for name, cursor in known.items() if not names or name in names})
     if since is not None:
         stream.replay(names[0], since)
     elif recent:
-        for name in names or [vm_name(name) for name in known]:
-            stream.replay(name, Cursor(0, 0))
+        for name in names or [vm_name(name) for name in known if name in live]:
+            stream.replay(name, Cursor(0, 0), RECENT)

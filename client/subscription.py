@@ -14,21 +14,26 @@ from typing import TYPE_CHECKING, Any, Self
 import zmq
 
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NoBroker, NoSuchVm, VmloopError
+from ..common.errors import DeadlineExceeded, NoSuchVm, VmloopError
 from ..common.sockets import watch_connection
 from .lane import connection_lost, readable
 from .stream import (
     BATCH,
+    FETCH_AGAIN,
     FETCH_ATTEMPTS,
     FIRST_CHECK,
     MAX_CHECK,
     Event,
     Fetch,
+    Page,
     Stream,
+    attended,
     begin,
     checked_interest,
+    page_of,
     positions_of,
     topics_of,
+    transient,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +54,7 @@ class Events(Iterator[Event]):
         self._follow = follow
         self._stream = Stream(self._names)
         self._in_use = threading.Lock()
+        self._live: set[str] = set()
         self._closed = False
         self._check_delay = FIRST_CHECK
         self._check_at = time.monotonic() + FIRST_CHECK
@@ -56,7 +62,7 @@ class Events(Iterator[Event]):
         self._watch = watch_connection(self._socket)
         try:
             known = self._ask_positions()
-            begin(self._stream, self._names, start, recent or (not follow and start is None), known)
+            begin(self._stream, self._names, start, recent or (not follow and start is None), known, self._live)
         except BaseException:
             self.close()
             raise
@@ -157,31 +163,38 @@ class Events(Iterator[Event]):
 
     def _fetch(self, fetch: Fetch) -> None:
         try:
-            parts = self._page(fetch)
+            page = self._page(fetch)
         except VmloopError as error:
             if self._stream.refuses(fetch, error):
                 self.close()
                 raise
-            self._stream.fetch_failed(error)
+            if self._stream.fetch_failed(error):
+                raise
             return
-        self._stream.fetched(parts)
+        self._stream.fetched(page)
 
-    def _page(self, fetch: Fetch) -> list[Any]:
+    def _page(self, fetch: Fetch) -> Page:
         try:
             return self._ask_page(fetch)
-        except NoBroker:  # it went away in the middle of the page; the next one is asked for all of it
-            from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+        except VmloopError as error:
+            if not transient(error):
+                raise
+        # Broker or worker went away in the middle of the page; all of it is asked for again.
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-            retry = retry_if_exception_type(NoBroker)
-            return Retrying(reraise=True, retry=retry, stop=stop_after_attempt(FETCH_ATTEMPTS))(self._ask_page, fetch)
+        wait, stop = wait_exponential(FETCH_AGAIN), stop_after_attempt(FETCH_ATTEMPTS)
+        return Retrying(reraise=True, retry=retry_if_exception(transient), wait=wait, stop=stop)(self._ask_page, fetch)
 
-    def _ask_page(self, fetch: Fetch) -> list[Any]:
-        request = fetch.request()
-        return list(self._host.call_streaming(request.service, request.op, request.arguments, reading=True))
+    def _ask_page(self, fetch: Fetch) -> Page:
+        parts: list[Any] = []
+        answer = self._host.answer_in_parts(fetch.request(), parts.append)
+        return page_of(parts, answer.value)
 
     def _ask_positions(self) -> dict[str, Cursor]:
         if len(self._names) != 1:
-            return positions_of(self._host.list())
+            entries = self._host.list()
+            self._live = attended(entries)
+            return positions_of(entries)
         try:
             return positions_of(self._host.stats(self._names[0]))
         except NoSuchVm:

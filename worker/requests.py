@@ -183,7 +183,7 @@ class Requests:
         """The short way for qmp and hmp: no task if nothing is in the way."""
         assert verb.direct is not None
         app = self._app
-        if repeated and app.vm.session is None and app.vm.alive:
+        if repeated and not app.vm.connected and app.vm.alive:
             self._spawn(self._run_direct_later(verb, request, arguments))
         elif _beside_others(request, arguments):
             verb.direct(app, request, arguments, lambda value, error: self.finish(request, value, error))
@@ -199,9 +199,12 @@ class Requests:
 
     async def _run_direct_later(self, verb: Verb, request: Request, arguments: Any) -> None:
         """A command of an earlier worker's that was not sent, or may be sent again, and the monitor is being sought."""
-        vm = self._app.vm
-        await vm.wait_until(lambda: vm.session is not None or not vm.alive, request.deadline)
+        await self._until_connected(request)
         self._run_direct(verb, request, arguments, repeated=False)
+
+    async def _until_connected(self, request: Request) -> None:
+        vm = self._app.vm
+        await vm.wait_until(lambda: vm.connected or not vm.alive, request.deadline)
 
     async def _run_direct_in_turn(self, verb: Verb, request: Request, arguments: Any) -> None:
         assert verb.direct is not None
@@ -223,6 +226,8 @@ class Requests:
         app = self._app
         try:
             async with asyncio.timeout_at(request.deadline + VERB_GRACE):
+                if request.begun is not None and request.op != "kill":
+                    await self._until_connected(request)
                 if verb.lane is Lane.TURN:
                     async with app.order.turn(request.op, request.deadline):
                         result = await verb.run(app, request, arguments)

@@ -144,8 +144,8 @@ class Vm:
         self._page.words[Word.FACTS] |= fact
 
     def require_session(self) -> QmpSession:
-        """The monitor's session. `NotRunning` without a run, `MonitorLost` without a connection."""
-        if self.session is not None:
+        """The monitor's session, negotiated. `NotRunning` without a run, `MonitorLost` without a connection."""
+        if self.session is not None and self.session.settled:
             return self.session
         if not self.alive:
             raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
@@ -275,6 +275,11 @@ class Vm:
                 done(None, OutcomeUnknown(text))
         ledger.clear()
         ledger.release()
+
+    @property
+    def connected(self) -> bool:
+        """Whether commands can be sent to its monitor."""
+        return self.session is not None and self.session.settled
 
     @property
     def came_up(self) -> bool:

@@ -8,9 +8,31 @@ from typing import Any
 
 import pytest
 
-from vmloop.client.stream import EVENTS_LOST, PAGE, Event, Fetch, Stream, begin, checked_interest, event_from
+from vmloop.client.stream import (
+    EVENTS_LOST,
+    PAGE,
+    RECENT,
+    Event,
+    Fetch,
+    Page,
+    Stream,
+    begin,
+    checked_interest,
+    event_from,
+    page_of,
+)
 from vmloop.common.cursor import Cursor
-from vmloop.common.errors import BadRequest, NoBroker, NoSuchVm, NotRunning
+from vmloop.common.errors import (
+    BadRequest,
+    Busy,
+    DeadlineExceeded,
+    Internal,
+    NoBroker,
+    NoSuchVm,
+    NotRunning,
+    VmloopError,
+    WorkerLost,
+)
 from vmloop.common.names import VmName
 from vmloop.common.pack import pack
 
@@ -27,6 +49,7 @@ class Shell:
         self.stream.begin({} if position is None else {WEB1: Cursor(*position)})
         self.kept = list(kept)
         self.reachable = True
+        self.error: VmloopError = NoBroker("x")
         self.fetches: list[Cursor] = []
 
     def arrive(self, *places: tuple[int, int]) -> list[str]:
@@ -47,10 +70,10 @@ class Shell:
     def fetch(self, fetch: Fetch) -> None:
         self.fetches.append(fetch.since)
         if self.reachable:
-            page = [place for place in self.kept if place > fetch.since][:PAGE]
-            self.stream.fetched([event_map("web1", *place) for place in page])
-        else:
-            self.stream.fetch_failed(NoBroker("x"))
+            after = [place for place in self.kept if place > fetch.since][-(fetch.last or 10**9) :]
+            self.stream.fetched(Page([event_map("web1", *place) for place in after[:PAGE]], len(after) > PAGE))
+        elif self.stream.fetch_failed(self.error):
+            raise self.error
 
 
 def test_what_comes_in_order_is_handed_out_without_a_question() -> None:
@@ -74,8 +97,40 @@ def test_a_gap_is_filled_in_its_place() -> None:
 def test_what_nobody_has_is_marked_with_its_span() -> None:
     shell = Shell((1, 2), kept=[(1, 5), (1, 6)])
     assert shell.arrive((1, 6)) == ["lost after 1.2 to 1.4", "1.5", "1.6"]
-    shell.reachable = False
     assert shell.arrive((1, 9)) == ["lost after 1.6 to 1.8", "1.9"]
+
+
+@pytest.mark.parametrize("error", [NoBroker("x"), WorkerLost("x"), DeadlineExceeded("x"), Busy("x"), Internal("x")])
+def test_a_journal_that_cannot_be_asked_now_loses_nothing(error: VmloopError) -> None:
+    shell = Shell((1, 2), kept=[(1, seq) for seq in range(1, 9)])
+    shell.reachable, shell.error = False, error
+    for _ in range(3):
+        with pytest.raises(type(error)):
+            shell.arrive((1, 6))
+    shell.reachable = True
+    assert shell.run() == ["1.3", "1.4", "1.5", "1.6", "1.7", "1.8"]
+
+
+def test_a_vm_that_is_no_more_has_no_journal_to_wait_for() -> None:
+    shell = Shell((1, 2))
+    shell.reachable, shell.error = False, NoSuchVm("x")
+    assert shell.arrive((1, 6)) == ["lost after 1.2 to 1.5", "1.6"]
+
+
+def test_the_past_of_all_vms_is_that_of_those_that_have_a_worker() -> None:
+    stream = Stream(())
+    begin(stream, (), None, True, {"web1": Cursor(1, 5), "off": Cursor(3, 9)}, {"web1"})
+    fetch = stream.step()
+    assert fetch == Fetch(WEB1, Cursor(0, 0), RECENT)
+    stream.fetched(Page([], False))
+    assert stream.step() is None
+
+
+def test_a_page_says_whether_there_are_more() -> None:
+    assert page_of([1], {"more": True}).more
+    assert not page_of([1] * PAGE, {"more": False}).more
+    assert page_of([1] * PAGE, {"count": PAGE}).more  # a worker that does not say so
+    assert not page_of([1], None).more
 
 
 def test_a_new_run_asks_for_the_end_of_the_last_one() -> None:
@@ -130,14 +185,14 @@ def test_a_check_whose_fetch_fails_is_left_to_the_next_one() -> None:
 
 def test_a_long_past_is_fetched_a_page_at_a_time() -> None:
     shell = Shell(kept=[(1, seq) for seq in range(1, 2 * PAGE + 3)])
-    begin(shell.stream, (WEB1,), Cursor(1, 1), False, {})
+    begin(shell.stream, (WEB1,), Cursor(1, 1), False, {}, set())
     assert shell.run() == [f"1.{seq}" for seq in range(2, 2 * PAGE + 3)]
     assert len(shell.fetches) == 3
 
 
 def test_recent_events_begin_where_the_memory_begins() -> None:
     shell = Shell((1, 9), kept=[(1, 7), (1, 8), (1, 9)])
-    begin(shell.stream, (WEB1,), None, True, {"web1": Cursor(1, 9)})
+    begin(shell.stream, (WEB1,), None, True, {"web1": Cursor(1, 9)}, set())
     assert shell.run() == ["1.7", "1.8", "1.9"]
 
 
@@ -145,9 +200,9 @@ def test_a_worker_that_answers_nonsense_does_not_hang_or_break_the_stream() -> N
     nonsense: list[list[Any]] = [[None] * PAGE, [{}] * PAGE, [event_map("other", 1, 1)] * PAGE, [b"\xff"]]
     for parts in nonsense:
         stream = Stream((WEB1,))
-        begin(stream, (WEB1,), Cursor(1, 0), False, {})
+        begin(stream, (WEB1,), Cursor(1, 0), False, {}, set())
         assert isinstance(stream.step(), Fetch)
-        stream.fetched(parts)
+        stream.fetched(Page(parts, more=True))
         assert stream.step() is None
 
 

@@ -82,6 +82,7 @@ class QmpSession:
     ) -> None:
         self.greeting: Greeting | None = None
         self.oob = False
+        self.settled = False  # negotiated, or taken over: commands may be sent
         self.garbled = 0  # lines that were dropped
         self.on_garbled: Callable[[], None] = lambda: None  # called while there are few of them
         self.fileno = connection.fileno  # -1 once it is closed
@@ -122,7 +123,7 @@ class QmpSession:
             "qmp_capabilities", {"enable": enable} if enable else None, seconds=until - self._loop.time()
         )
         self.oob = bool(enable)
-        self._settled("negotiated")
+        self._settle("negotiated")
 
     def take_over(self, *, oob: bool, answer: Callable[[Owed], Done | None]) -> None:
         """On a connection that an earlier worker negotiated: go on where it was killed.
@@ -153,7 +154,7 @@ class QmpSession:
         self._reader.take_over()
         self._loop.add_reader(self._socket, self._readable)
         self._set_timer()
-        self._settled("connection taken over")
+        self._settle("connection taken over")
 
     def _repair_half_sent_command(self) -> None:
         """A predecessor died inside a send. 0xFF ends whatever QEMU's parser has begun (its lexer starts anew there).
@@ -446,7 +447,8 @@ class QmpSession:
     def _oldest_in_band(self) -> float | None:
         return next((command.sent for command in self._on_wire.values() if not command.oob), None)
 
-    def _settled(self, reason: str) -> None:
+    def _settle(self, reason: str) -> None:
+        self.settled = True
         self._liveness.start(self._oldest_in_band())
         self._listener.on_monitor_state(MonitorState.READY, reason)
 

@@ -78,7 +78,7 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
 async def _carry_on_start(app: App, request: Request, arguments: StartArguments) -> dict[str, Any]:
     """An earlier worker had begun the run."""
     vm = app.vm
-    await vm.wait_until(lambda: (vm.came_up and vm.session is not None) or not vm.alive, request.deadline)
+    await vm.wait_until(lambda: (vm.came_up and vm.connected) or not vm.alive, request.deadline)
     if not vm.came_up and vm.alive:
         raise DeadlineExceeded(f"VM {app.name}: QEMU was started, but its monitor has not answered in time")
     if vm.alive:
@@ -120,7 +120,7 @@ async def attach(app: App, request: Request, arguments: AttachArguments) -> dict
 async def _carry_on_attach(app: App, request: Request) -> dict[str, Any]:
     """An earlier worker had begun the run."""
     vm = app.vm
-    await vm.wait_until(lambda: (vm.came_up and vm.session is not None) or not vm.alive, request.deadline)
+    await vm.wait_until(lambda: (vm.came_up and vm.connected) or not vm.alive, request.deadline)
     if not vm.alive and not vm.came_up:
         raise MonitorLost(f"VM {app.name} was not attached: {vm.exit_text or vm.state.reason}")
     if not vm.came_up:
