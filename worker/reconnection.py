@@ -43,6 +43,7 @@ class Reconnection:
         self._vm = vm
         self._task: asyncio.Task[None] | None = None
         self._lost_at: float | None = None  # seconds since 1970; None if that was under an earlier worker
+        self._failed = False
         self._held: list[Said] | None = None
         self._dropped = 0
 
@@ -50,6 +51,11 @@ class Reconnection:
     def active(self) -> bool:
         """Whether the monitor is being sought."""
         return self._task is not None and not self._task.done()
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether the monitor is being sought and no attempt has failed yet."""
+        return self.active and not self._failed
 
     def lost(self) -> None:
         """The connection has ended just now."""
@@ -60,6 +66,7 @@ class Reconnection:
         vm = self._vm
         if vm.came_up and vm.state.can(VmState.UNKNOWN):
             vm.state.move(VmState.UNKNOWN, "monitor-lost")
+        self._failed = False
         self._task = vm.loop.create_task(self._seek())
 
     def cancel(self) -> None:
@@ -95,6 +102,8 @@ class Reconnection:
         self._task = None
 
     def _note_failure(self, state: tenacity.RetryCallState) -> None:
+        self._failed = True
+        self._vm.changed()
         error = state.outcome.exception() if state.outcome is not None else None
         log.log(
             logging.INFO if state.attempt_number < 3 else logging.DEBUG,
@@ -129,11 +138,12 @@ class Reconnection:
         vm = self._vm
         until = time.time()
         before = Known()
-        newest: float | None = None
+        newest: float | None = None  # when QEMU last said something: there was a connection then
         assert vm.run is not None
         for count, event in enumerate(vm.events.since(Cursor(vm.run.epoch, 0))):
             note(before, event, vm.agent_port_id)
-            newest = event.time / 1e6
+            if event.origin == "qmp":
+                newest = event.time / 1e6
             if count % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
         move = await self._status(deadline)
@@ -143,7 +153,7 @@ class Reconnection:
         if vm.run.agent is not None and (chardevs := await self._ask("query-chardev", deadline)) is not None:
             after.agent_port = is_port_open(chardevs, vm.run.agent)
         held, self._held = self._held or [], None
-        span = {"since": self._lost_at or newest, "until": until, "reason": "no connection to the monitor"}
+        span = {"since": self._lost_at or newest or vm.run.started, "until": until, "reason": "no connection to the monitor"}
         if self._dropped:
             span["dropped"] = self._dropped
         with vm.events.together():

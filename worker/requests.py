@@ -183,8 +183,8 @@ class Requests:
         """The short way for qmp and hmp: no task if nothing is in the way."""
         assert verb.direct is not None
         app = self._app
-        if repeated and not app.vm.connected and app.vm.alive:
-            self._spawn(self._run_direct_later(verb, request, arguments))
+        if not app.vm.connected and (app.vm.connecting or (repeated and app.vm.alive)):
+            self._spawn(self._run_direct_later(verb, request, arguments, repeated=repeated))
         elif _beside_others(request, arguments):
             verb.direct(app, request, arguments, lambda value, error: self.finish(request, value, error))
         elif app.order.try_take(request.op):
@@ -197,10 +197,18 @@ class Requests:
         else:
             self._spawn(self._run_direct_in_turn(verb, request, arguments))
 
-    async def _run_direct_later(self, verb: Verb, request: Request, arguments: Any) -> None:
-        """A command of an earlier worker's that was not sent, or may be sent again, and the monitor is being sought."""
-        await self._until_connected(request)
-        self._run_direct(verb, request, arguments, repeated=False)
+    async def _run_direct_later(self, verb: Verb, request: Request, arguments: Any, *, repeated: bool) -> None:
+        """The monitor is being connected; of a command that an earlier worker had, its return is waited for in any case."""
+        vm = self._app.vm
+        if repeated:
+            await self._until_connected(request)
+        else:
+            await vm.wait_until(lambda: not vm.connecting, request.deadline)
+        if vm.connecting:
+            text = f"VM {vm.name}: {request.op}: its monitor has not been connected in time; nothing was sent"
+            self.finish(request, None, DeadlineExceeded(text))
+        else:
+            self._run_direct(verb, request, arguments, repeated=False)
 
     async def _until_connected(self, request: Request) -> None:
         vm = self._app.vm

@@ -282,6 +282,11 @@ class Vm:
         return self.session is not None and self.session.settled
 
     @property
+    def connecting(self) -> bool:
+        """Whether that is about to change: who asks now may wait."""
+        return not self.connected and (self.session is not None or self.reconnection.hopeful)
+
+    @property
     def came_up(self) -> bool:
         """Whether this run's monitor was there once."""
         return self.fact(Fact.STARTED)
@@ -337,7 +342,7 @@ class Vm:
             event = self.events.emit("VM_STATE", data)
             self.events.with_line(Effect(lambda: self._put_on_page(event)))
         self._since = event.time
-        self._changed()
+        self.changed()
 
     def _put_on_page(self, event: Event) -> None:
         """What an event says of the VM, for the next worker. May be done twice."""
@@ -350,9 +355,10 @@ class Vm:
 
     def _on_monitor(self, old: MonitorState, new: MonitorState, reason: str) -> None:
         self.events.emit("MONITOR_STATE", {"old": old.value, "new": new.value, "reason": reason})
-        self._changed()
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Something that `list` shows, or that somebody may wait for, is another."""
         self._on_status()
         self._conditions.look()
 
@@ -404,7 +410,7 @@ class Vm:
         self._keeper.drop()
         clear_run_directory(self.paths.run)
         self.gone.set()
-        self._changed()
+        self.changed()
 
     def detach(self) -> None:
         """Let go of a running VM: it goes on without vmloop."""
@@ -416,7 +422,7 @@ class Vm:
         self.save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
         self._keeper.drop()
         self.gone.set()
-        self._changed()
+        self.changed()
 
     def let_go(self) -> None:
         self.agent.close("detached")

@@ -303,7 +303,7 @@ def test_a_connection_that_is_really_lost_is_marked_with_what_changed_meanwhile(
     assert reading.result() == {"name": "web1"}
     with pytest.raises(OutcomeUnknown):
         mutating.result()
-    assert wait_for(lambda: vm.show().state == "paused")
+    assert wait_for(lambda: vm.show().state == "paused"), vm.show()
     [lost] = [event for event in stream_of(vm) if event.event == "EVENTS_LOST"]
     assert lost.data["changed"] == {"state": ["running", "paused"]}
     assert lost.data["since"] < began < lost.data["until"] < began + 10
