@@ -319,6 +319,7 @@ class Journal:
             del self._unsynced[0]
         if self._directory_unsynced:
             sync_directory(self._directory)
+            sync_directory(self._directory.parent)  # the directory itself may be new
             self._directory_unsynced = False
 
     def close(self) -> None:

@@ -77,17 +77,17 @@ def find_segments(directory: Path) -> list[Segment]:
     found = []
     foreign = []
     try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                name = _NAME.fullmatch(entry.name)
-                if name is not None and entry.is_file(follow_symlinks=False):
-                    size = entry.stat(follow_symlinks=False).st_size
-                    first = Cursor(int(name[1]), int(name[2]))
-                    found.append(Segment(first=first, path=directory / entry.name, end=size, size=size))
-                elif _ASIDE.fullmatch(entry.name) is None:
-                    foreign.append(entry.name)
+        entries = list(os.scandir(directory))
     except FileNotFoundError:
         return []
+    for entry in entries:
+        name = _NAME.fullmatch(entry.name)
+        if name is not None and entry.is_file(follow_symlinks=False):
+            size = entry.stat(follow_symlinks=False).st_size
+            first = Cursor(int(name[1]), int(name[2]))
+            found.append(Segment(first=first, path=directory / entry.name, end=size, size=size))
+        elif _ASIDE.fullmatch(entry.name) is None:
+            foreign.append(entry.name)
     if foreign:
         log.warning("%s holds %d files that are not the journal's, for example %r", directory, len(foreign), foreign[0])
     return sorted(found, key=lambda segment: segment.first)

@@ -121,15 +121,19 @@ class EventStore:
 
     def append(self, batch: Sequence[Record]) -> bool:
         """Keep a batch; True if it is on disk now, and all before it. Raises ValueError as `Journal.append` does."""
-        if not self._backlog and self._journal is not None and self._may_follow(batch):
+        ready = self.retry()
+        if ready and self._may_follow(batch):
             if self._write(batch):
                 self._given = batch[-1].cursor
                 return True
         else:
             self._check(batch)
         self._given = batch[-1].cursor
-        self._push(tuple(batch))
-        return self.retry()
+        if self._may_follow(batch):
+            self._push(tuple(batch))
+        else:
+            self._lose(batch)
+        return False
 
     def retry(self) -> bool:
         """Try the disk again if it is time; True if nothing waits in memory now. The owner's timer calls it."""
@@ -140,7 +144,7 @@ class EventStore:
         if self._journal is None and not self._open():
             return False
         while self._backlog:
-            if not self._may_follow(self._backlog[0]):
+            if not self._may_follow(self._backlog[0]):  # the journal was opened only now
                 self._lose(self._shift())
             elif self._write(self._backlog[0]):
                 self._shift()
@@ -209,7 +213,7 @@ class EventStore:
         self._backlog_bytes -= _cost(batch)
         return batch
 
-    def _lose(self, batch: tuple[Record, ...]) -> None:
+    def _lose(self, batch: Sequence[Record]) -> None:
         self._lost = (self._lost[0] if self._lost else batch[0].cursor, batch[-1].cursor)
 
     # -- reading ---------------------------------------------------------------------------------------------------------
