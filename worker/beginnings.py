@@ -16,13 +16,14 @@ import msgspec
 
 from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
 from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
-from ..common.process import NotTheProcess, ProcessGone
+from ..common.process import ProcessGone
 from ..common.states import VmState
 from .handling import Handling
 from .predecessor import Predecessor
 from .qemu.adopt import connect_monitor, find_process
-from .qemu.launch import launch, log_tail
-from .qemu.process import QemuProcess
+from .qemu.launch import launch, log_tail, mark_of
+from .qemu.recognise import recognise
+from .recognition import FACT, UNRECOGNISED, WAY_OUT, hold_again
 from .runfile import Run, boot_id
 from .transitions import Move
 from .vm import END_GRACE, Fact, Vm
@@ -35,6 +36,7 @@ AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the
 async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: bool, deadline: float) -> None:
     """Launch QEMU and bring it to running, or to paused. Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off."""
     _refuse_second_run(vm)
+    _require_kept_page(vm)
     migrates_in = "-incoming" in definition.qemu.args
     wanted_stopped = paused or "-S" in definition.qemu.args
     epoch = vm.begin_run("booted")
@@ -45,6 +47,7 @@ async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: b
         monitor=os.fspath(vm.paths.monitor_socket),
         agent=os.fspath(vm.paths.agent_socket) if definition.agent.enabled else None,
         may_kill=True,
+        mark=mark_of(vm.paths, epoch),
         binary=definition.qemu.binary,
         definition=msgspec.to_builtins(definition),
     )
@@ -75,6 +78,7 @@ async def start(vm: Vm, handling: Handling, definition: Definition, *, paused: b
 async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
     """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
     _refuse_alive(vm)
+    _require_kept_page(vm)
     connection = connect_monitor(qmp)
     try:
         found = find_process(connection, pid)
@@ -104,6 +108,8 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         vm.let_go()
         connection.close()  # if no session came of it
         vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
+        if isinstance(error, OSError):
+            raise ConfigError(f"VM {vm.name}: not attached: {error}; it was left alone") from error
         raise
 
 
@@ -121,14 +127,14 @@ def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: 
         kept = None
     if run.boot_id != boot_id():
         vm.finish("the host was restarted under it", "host-reboot")
-    elif not _find_again(vm, run):
+    elif not hold_again(vm, kept):
         if kept is not None:
             vm.take_over(kept, run)
         vm.finish("it ended while no worker watched")
     elif kept is not None:
         vm.take_over(kept, run)
     else:
-        vm.seek_monitor()
+        vm.seek_monitor(UNRECOGNISED if FACT in vm.facts else "monitor-lost")
 
 
 def _definition_of(run: Run) -> Definition | None:
@@ -147,19 +153,35 @@ def _refuse_alive(vm: Vm) -> None:
         raise AlreadyRunning(f"VM {vm.name} is {vm.state.state.value} already")
 
 
+def _require_kept_page(vm: Vm) -> None:
+    """A run whose page dies with this worker could not be taken over. This worker ends then: the next one tries again."""
+    if vm.page_unkept:
+        vm.gone.set()
+        raise LaunchFailed(f"VM {vm.name}: {vm.page_unkept}; make room there, and try again", log="")
+
+
 def _refuse_second_run(vm: Vm) -> None:
     """Never two QEMUs for one VM: neither beside one that vmloop has, nor beside one that it let go."""
     _refuse_alive(vm)
     last = vm.run
-    if last is not None and last.process is not None and last.boot_id == boot_id():
-        try:
-            QemuProcess(last.process).close()
-        except (ProcessGone, NotTheProcess):
-            return  # the old run is over
-        else:
-            raise AlreadyRunning(
-                f"VM {vm.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
-            )
+    if (
+        last is None
+        or last.boot_id != boot_id()
+        or (last.ended is not None and last.ended.state == VmState.SHUTOFF.value)
+    ):
+        return
+    try:
+        process = recognise(last, vm.paths)
+    except ProcessGone:
+        return  # the old run is over
+    except OSError as error:
+        text = f"VM {vm.name}: whether its last QEMU still runs cannot be told: {error.strerror or error}; {WAY_OUT}, or end it"
+        raise AlreadyRunning(text) from error
+    if process is not None:
+        process.close()
+        raise AlreadyRunning(
+            f"VM {vm.name}: its QEMU (pid {process.pid}), which was detached, still runs; attach it again, or end it"
+        )
 
 
 async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
@@ -176,16 +198,3 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
     why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
     last = tail.splitlines()[-1] if tail else "nothing was printed"
     raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error
-
-
-def _find_again(vm: Vm, run: Run) -> bool:
-    """Hold the run's process again. False if it is known to be gone."""
-    if run.process is None:
-        return True
-    try:
-        vm.hold(QemuProcess(run.process))
-    except (ProcessGone, NotTheProcess) as error:
-        # The pid is nobody now, or somebody else: the run's process is no more.
-        log.info("VM %s: %s", vm.name, error)
-        return False
-    return True

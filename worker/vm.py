@@ -23,12 +23,7 @@ from typing import Any, Final
 import msgspec
 import tenacity
 
-from ..common.errors import (
-    MonitorLost,
-    NotRunning,
-    QmpError,
-    VmloopError,
-)
+from ..common.errors import MonitorLost, NotRunning, QmpError, VmloopError
 from ..common.names import VmName
 from ..common.page import Page, Word
 from ..common.paths import VmPaths
@@ -37,15 +32,17 @@ from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, 
 from .agent.agent import GuestAgent
 from .events import EventLog
 from .keeper import Keeper
-from .qemu.adopt import connect_monitor, is_refused
+from .qemu.adopt import connect_monitor
 from .qemu.process import QemuProcess, describe_exit
 from .qmp.commands import Command, Done
 from .qmp.framing import LineReader
 from .qmp.ledger import Owed
 from .qmp.session import QmpSession
 from .qmp.writer import end_connection
-from .runfile import Run, RunEnd, clear_run_directory, read_run, salvage_run, write_run
-from .transitions import Move, of_end, of_event, of_status
+from .recognition import hold_again
+from .runfile import Run, RunEnd, RunFile, clear_run_directory, read_run, salvage_run
+from .transitions import Move, of_end, of_ended, of_event, of_status
+from .waiting import Waiters
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +96,7 @@ class Vm:
         self.agent = GuestAgent(loop, name, events, page, settings, on_status)
         self.facts: dict[str, Any] = {}  # what handlers have found out about the run (worker/handlers)
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
+        self._file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
         self._page = page
         self._keeper = keeper
         self._on_status = on_status
@@ -107,7 +105,7 @@ class Vm:
         self._killed_for = ""  # the reason of a kill that is not the operator's
         self._lost_at: float | None = None  # when the connection ended; None if that was an earlier worker's
         self._reconnecting: asyncio.Task[None] | None = None
-        self._waiters: list[Callable[[], None]] = []
+        self._waiters = Waiters(loop)
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
             first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
@@ -116,9 +114,12 @@ class Vm:
             self.page_lost = True
             self._begin_lost_page(self.run)
         else:
-            first = _after_end(self.run)
+            ended = self.run.ended if self.run is not None else None
+            first = of_ended(ended.state, ended.reason) if ended is not None else Move(VmState.SHUTOFF, "unknown")
         self.state = StateHolder(f"VM {name}", first.state, VM_MOVES, self._on_state, first.reason)
         self.monitor = StateHolder(f"monitor of {name}", MonitorState.LOST, MONITOR_MOVES, self._on_monitor)
+        if self.run is not None and self.alive and first.state is VmState.SHUTOFF:
+            self._settled_before(self.run, first)
 
     # -- what others ask ----------------------------------------------------------------------------------------------------
 
@@ -126,6 +127,11 @@ class Vm:
     def alive(self) -> bool:
         """Whether there is a run that is not known to be over."""
         return self.run is not None and self.run.ended is None
+
+    @property
+    def page_unkept(self) -> str:
+        """Why the status page would not outlive this worker; "" if it would."""
+        return self._page.unkept
 
     @property
     def since(self) -> float:
@@ -150,23 +156,7 @@ class Vm:
 
     async def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Wait until a condition on states holds; False if the deadline (loop time) comes first."""
-        if condition():
-            return True
-        met: asyncio.Future[None] = self.loop.create_future()
-
-        def look() -> None:
-            if not met.done() and condition():
-                met.set_result(None)
-
-        self._waiters.append(look)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await met
-        except TimeoutError:
-            return condition()
-        finally:
-            self._waiters.remove(look)
-        return True
+        return await self._waiters.wait(condition, deadline)
 
     async def settle_by_query(self, deadline: float) -> None:
         """Ask QEMU for the state: an event that should have come has not."""
@@ -194,13 +184,25 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        self.save(msgspec.structs.replace(run, epoch=run.epoch + 1))
-        self.events.begin_epoch(run.epoch + 1)
+        epoch = max(run.epoch, self._page.words[Word.EPOCH]) + 1  # of the page: one that run.json did not take
+        self.save_soon(msgspec.structs.replace(run, epoch=epoch))
+        self.events.begin_epoch(epoch)
+
+    def _settled_before(self, run: Run, move: Move) -> None:
+        """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
+        self.save_soon(msgspec.structs.replace(run, ended=RunEnd(move.state.value, move.reason, self.since)))
+        self._keeper.drop()
+        clear_run_directory(self.paths.run)
 
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
         self.run = run
-        write_run(self.paths.run_file, run)
+        self._file.write(run)
+
+    def save_soon(self, run: Run) -> None:
+        """The same for what the run can go on without: written now, or when the disk takes it."""
+        self.run = run
+        self._file.write_or_retry(run)
 
     def hold(self, process: QemuProcess) -> None:
         """This is the run's process: its end will be the run's."""
@@ -213,7 +215,7 @@ class Vm:
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
-        self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
+        self.save_soon(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
         self._keeper.keep("monitor", connection.fileno())
         if again:
             span = {"since": self._lost_at, "until": time.time(), "reason": "no connection to the monitor"}
@@ -265,24 +267,25 @@ class Vm:
         self._keeper.drop()
         end_connection(connection)
 
-    def seek_monitor(self) -> None:
+    def seek_monitor(self, reason: str = "monitor-lost") -> None:
         """The connection is lost and the process lives, or may live: `unknown` until it answers again."""
         if self.state.can(VmState.UNKNOWN):
-            self.state.move(VmState.UNKNOWN, "monitor-lost")
+            self.state.move(VmState.UNKNOWN, reason)
         self._reconnecting = self.loop.create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
         assert self.run is not None
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((VmloopError, OSError)),  # OSError: run.json cannot be written now
+            retry=tenacity.retry_if_exception_type((VmloopError, OSError)),  # OSError: no fd is free now, and the like
             wait=tenacity.wait_exponential(multiplier=0.05, max=self.settings.reconnect_max_delay),
         )
         async for attempt in retrying:
             with attempt:
-                if self.process is None and self.run.launched and is_refused(self.run.monitor):
-                    self.loop.call_soon(self.finish, "nobody listens on its monitor's socket any more")
+                if not hold_again(self):
+                    self.loop.call_soon(self.finish, "it ended while no worker watched")
                     return
                 connection = connect_monitor(self.run.monitor)
+                hold_again(self, connection)
                 try:
                     await self.bring_up(connection, self.loop.time() + self.settings.launch, again=True)
                     if self.session is None:
@@ -319,8 +322,10 @@ class Vm:
         """The connection ended by itself."""
         self.session = None
         self._lost_at = time.time()
+        if self._ending:  # `settle` tells, after the agent's end
+            return
         self.monitor.move(MonitorState.LOST, reason)
-        if self._ending or (self._reconnecting is not None and not self._reconnecting.done()):
+        if self._reconnecting is not None and not self._reconnecting.done():
             return
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
@@ -347,8 +352,7 @@ class Vm:
 
     def _changed(self) -> None:
         self._on_status()
-        for look in tuple(self._waiters):
-            look()
+        self._waiters.look()
 
     # -- end --------------------------------------------------------------------------------------------------------------------
 
@@ -389,6 +393,7 @@ class Vm:
             self.process.close()
             self.process = None
         self.agent.close("the VM is shut off")
+        self._drop_session("QEMU is gone")
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
@@ -402,13 +407,15 @@ class Vm:
         self._changed()
 
     def detach(self) -> None:
-        """Let go of a running VM: it goes on without vmloop."""
+        """Let go of a running VM: it goes on without vmloop. Raises OSError if that cannot be written down; then it is held as before."""
+        assert self.run is not None
+        run = msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time()))
+        self._file.write(run)  # first: a VM that is let go and noted as ours would be taken up again
+        self.run = run
         self._ending = True
         self.let_go()
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "detached")
-        assert self.run is not None
-        self.save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
         self._keeper.drop()
         self.gone.set()
         self._changed()
@@ -438,9 +445,6 @@ class Vm:
         if self._reconnecting is not None:
             self._reconnecting.cancel()
 
-
-def _after_end(run: Run | None) -> Move:
-    if run is None or run.ended is None:
-        return Move(VmState.SHUTOFF, "unknown")
-    # `unknown` is a detached VM: not vmloop's any more, and not known to be gone.
-    return Move(VmState.UNKNOWN if run.ended.state == VmState.UNKNOWN.value else VmState.SHUTOFF, run.ended.reason)
+    def close(self) -> None:
+        """The worker ends: nothing is tried again."""
+        self._file.close()
