@@ -30,6 +30,7 @@ from .vm import END_GRACE, Fact, Vm
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS: Final = 0.2  # seconds: a QEMU that has closed its monitor before it came up has so long to end by itself
 AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the agent's port
 
 
@@ -186,6 +187,10 @@ def _refuse_second_run(vm: Vm) -> None:
 
 async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
     """QEMU did not come up: make sure that it is gone, and say what it printed."""
+    if (
+        vm.session is None and vm.process is not None
+    ):  # who hangs up is mostly about to end: then its own end is what to tell
+        await vm.wait_until(vm.gone.is_set, vm.loop.time() + LAST_WORDS)
     process = vm.process
     ended_by_itself = process is None or process.ended()
     if process is not None:

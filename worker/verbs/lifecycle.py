@@ -17,6 +17,7 @@ from ...common.errors import (
     MonitorFrozen,
     MonitorLost,
     NotRunning,
+    OutcomeUnknown,
     VmloopError,
 )
 from ...common.states import VmState
@@ -100,6 +101,9 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
             raise
         app.log_info(f"stop: {error}; killing it, as asked")
         return await kill(app, request, NoArguments())
+    except OutcomeUnknown:  # QEMU hung up before it answered: if that was its end, it is stopped
+        if not await vm.wait_until(vm.gone.is_set, min(until, app.loop.time() + SETTLE_SECONDS)):
+            raise
     finally:
         vm.intent = ""  # a guest that did not listen: what stops it later has other reasons
     return _state(app)
