@@ -9,7 +9,19 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory. After an OSError the old file is untouched."""
+    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory.
+
+    Raises OSError, which always names a file; then the old one is untouched, unless only the last step failed.
+    """
+    try:
+        _write_whole(path, content)
+    except OSError as error:
+        if error.filename is None:  # of write and fsync: the kernel does not know how the file is called
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

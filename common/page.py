@@ -82,26 +82,35 @@ class PageDamaged(Exception):
 class Page:
     """A mapped status page. `words` is the page as 64-bit figures."""
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
-        """Map `path`; when writable it is created (zeroed, with its magic) if missing. `PageDamaged` if it is something else."""
-        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-        try:
-            size = os.fstat(fd).st_size
-            if size == 0 and writable:
-                os.ftruncate(fd, PAGE_BYTES)
-            elif size != PAGE_BYTES:
-                raise PageDamaged(f"{path}: {size} bytes instead of {PAGE_BYTES}")
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self._map = mmap.mmap(fd, PAGE_BYTES, access=access)
-        finally:
-            os.close(fd)
+    def __init__(self, path: Path | None, *, writable: bool) -> None:
+        """Map `path`; when writable it is created (zeroed, with its magic) if missing. None: a page in memory that nobody else sees.
+
+        Raises `PageDamaged` if it is something else, OSError if it cannot be made: the file system is full, and so on.
+        """
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        new = path is None
+        if path is None:
+            self._map = mmap.mmap(-1, PAGE_BYTES)
+        else:
+            flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(fd).st_size
+                new = size == 0 and writable
+                if new:
+                    _reserve(fd, path)
+                elif size != PAGE_BYTES:
+                    raise PageDamaged(f"{path}: {size} bytes instead of {PAGE_BYTES}")
+                self._map = mmap.mmap(fd, PAGE_BYTES, access=access)
+            finally:
+                os.close(fd)
+        self.unkept = ""  # why it is in memory only, said by who made it so: no next worker will see it
         self.held_up_in = (
             ""  # not in the file: the worker's newest long step, for its own report of a turn that was too long
         )
         self._view = memoryview(self._map)
         self.words = self._view.cast("Q")
-        if size == 0 and writable:
+        if new:
             self.words[Word.MAGIC] = MAGIC
         elif self.words[Word.MAGIC] != MAGIC:
             self.close()
@@ -172,6 +181,15 @@ class Page:
         """The 16 words of one ledger entry."""
         at = LEDGER_AT + index * LEDGER_SLOT_WORDS
         return self.words[at : at + LEDGER_SLOT_WORDS]
+
+
+def _reserve(fd: int, path: Path) -> None:
+    """Take the page's blocks now: on a full tmpfs the first store to a hole would be a SIGBUS. Raises OSError that names the file."""
+    try:
+        os.posix_fallocate(fd, 0, PAGE_BYTES)
+    except OSError as error:
+        os.unlink(path)  # an empty file would only be in the way
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 _FLOAT = struct.Struct("<d")

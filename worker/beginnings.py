@@ -17,19 +17,21 @@ import msgspec
 
 from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
 from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
-from ..common.process import NotTheProcess, ProcessGone
+from ..common.process import ProcessGone
 from ..common.states import VmState
 from .handling import Handling
 from .predecessor import Predecessor
 from .qemu.adopt import connect_monitor, find_process
-from .qemu.launch import launch, log_tail
-from .qemu.process import QemuProcess
+from .qemu.launch import launch, log_tail, mark_of
+from .qemu.recognise import recognise
+from .recognition import FACT, UNRECOGNISED, WAY_OUT, hold_again
 from .runfile import Run, boot_id
 from .transitions import Move
 from .vm import END_GRACE, Fact, Vm
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS: Final = 0.2  # seconds: a QEMU that has closed its monitor before it came up has so long to end by itself
 AGENT_PORT: Final = f"{AGENT_ID}-port"  # the device id that launch.py gives the agent's port
 
 
@@ -47,6 +49,7 @@ async def start(
     Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off.
     """
     _refuse_second_run(vm)
+    _require_kept_page(vm)
     migrates_in = "-incoming" in definition.qemu.args
     epoch = vm.begin_run("booted")
     run = Run(
@@ -56,6 +59,7 @@ async def start(
         monitor=os.fspath(vm.paths.monitor_socket),
         agent=os.fspath(vm.paths.agent_socket) if definition.agent.enabled else None,
         may_kill=True,
+        mark=mark_of(vm.paths, epoch),
         binary=definition.qemu.binary,
         definition=msgspec.to_builtins(definition),
     )
@@ -94,6 +98,7 @@ async def carry_on(vm: Vm, handling: Handling, *, paused: bool, go: Callable[[],
 async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: int | None, *, deadline: float) -> None:
     """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
     _refuse_alive(vm)
+    _require_kept_page(vm)
     connection = connect_monitor(qmp)
     try:
         found = find_process(connection, pid)
@@ -123,6 +128,8 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         vm.let_go()
         connection.close()  # if no session came of it
         vm.settle(Move(VmState.SHUTOFF, "failed"), str(error))
+        if isinstance(error, OSError):
+            raise ConfigError(f"VM {vm.name}: not attached: {error}; it was left alone") from error
         raise
 
 
@@ -140,7 +147,7 @@ def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: 
         kept = None
     if run.boot_id != boot_id():
         vm.finish("the host was restarted under it", "host-reboot")
-    elif not _find_again(vm, run):
+    elif not hold_again(vm, kept):
         if kept is not None:
             vm.take_over(kept, run)
         vm.finish("it ended while no worker watched")
@@ -148,7 +155,7 @@ def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: 
         vm.take_over(kept, run)
     else:
         vm.give_up_owed()
-        vm.reconnection.begin()
+        vm.reconnection.begin(UNRECOGNISED if FACT in vm.facts else "monitor-lost")
 
 
 def _definition_of(run: Run) -> Definition | None:
@@ -167,23 +174,43 @@ def _refuse_alive(vm: Vm) -> None:
         raise AlreadyRunning(f"VM {vm.name} is {vm.state.state.value} already")
 
 
+def _require_kept_page(vm: Vm) -> None:
+    """A run whose page dies with this worker could not be taken over. This worker ends then: the next one tries again."""
+    if vm.page_unkept:
+        vm.gone.set()
+        raise LaunchFailed(f"VM {vm.name}: {vm.page_unkept}; make room there, and try again", log="")
+
+
 def _refuse_second_run(vm: Vm) -> None:
     """Never two QEMUs for one VM: neither beside one that vmloop has, nor beside one that it let go."""
     _refuse_alive(vm)
     last = vm.run
-    if last is not None and last.process is not None and last.boot_id == boot_id():
-        try:
-            QemuProcess(last.process).close()
-        except (ProcessGone, NotTheProcess):
-            return  # the old run is over
-        else:
-            raise AlreadyRunning(
-                f"VM {vm.name}: its QEMU (pid {last.process.pid}), which was detached, still runs; attach it again, or end it"
-            )
+    if (
+        last is None
+        or last.boot_id != boot_id()
+        or (last.ended is not None and last.ended.state == VmState.SHUTOFF.value)
+    ):
+        return
+    try:
+        process = recognise(last, vm.paths)
+    except ProcessGone:
+        return  # the old run is over
+    except OSError as error:
+        text = f"VM {vm.name}: whether its last QEMU still runs cannot be told: {error.strerror or error}; {WAY_OUT}, or end it"
+        raise AlreadyRunning(text) from error
+    if process is not None:
+        process.close()
+        raise AlreadyRunning(
+            f"VM {vm.name}: its QEMU (pid {process.pid}), which was detached, still runs; attach it again, or end it"
+        )
 
 
 async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
     """QEMU did not come up: make sure that it is gone, and say what it printed."""
+    if (
+        vm.session is None and vm.process is not None
+    ):  # who hangs up is mostly about to end: then its own end is what to tell
+        await vm.wait_until(vm.gone.is_set, vm.loop.time() + LAST_WORDS)
     process = vm.process
     ended_by_itself = process is None or process.ended()
     if process is not None:
@@ -196,16 +223,3 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
     why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
     last = tail.splitlines()[-1] if tail else "nothing was printed"
     raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error
-
-
-def _find_again(vm: Vm, run: Run) -> bool:
-    """Hold the run's process again. False if it is known to be gone."""
-    if run.process is None:
-        return True
-    try:
-        vm.hold(QemuProcess(run.process))
-    except (ProcessGone, NotTheProcess) as error:
-        # The pid is nobody now, or somebody else: the run's process is no more.
-        log.info("VM %s: %s", vm.name, error)
-        return False
-    return True

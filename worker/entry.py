@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import fcntl
 import gc
 import logging
@@ -136,11 +137,11 @@ def _open_page(paths: VmPaths, stack: StackFile, last_exit: int | None) -> tuple
     A damaged one is replaced: it holds nothing that cannot be asked again.
     """
     try:
-        page = Page(paths.page, writable=True)
+        page = _map_page(paths.page)
     except PageDamaged as error:
         log.warning("%s; it is replaced", error)
         paths.page.unlink()
-        page = Page(paths.page, writable=True)
+        page = _map_page(paths.page)
     crashed = last_exit is not None and last_exit < 0 and last_exit != -signal.SIGKILL
     predecessor = Predecessor(
         incarnation=page.words[Word.INCARNATION],
@@ -155,6 +156,19 @@ def _open_page(paths: VmPaths, stack: StackFile, last_exit: int | None) -> tuple
     page.words[Word.WORKER_STARTED] = identify(os.getpid()).started
     page.words[Word.INCARNATION] += 1
     return page, predecessor
+
+
+def _map_page(path: Path) -> Page:
+    """The page; where the disk has no room for a new one, one in memory: a VM that runs is served, but none can be started on it."""
+    try:
+        return Page(path, writable=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # others pass, or leave an old page in the way
+            raise
+        page = Page(None, writable=True)
+        page.unkept = f"{path} cannot be made: {error.strerror}"
+        log.error("%s; nothing of this worker's would outlive it", page.unkept)
+        return page
 
 
 def _lock(path: Path) -> int | None:

@@ -22,7 +22,8 @@ from ..common.errors import MonitorLost, QmpError, VmloopError
 from ..common.states import VmState
 from .agent.chardev import is_port_open
 from .changes import Known, difference, jobs_of, note
-from .qemu.adopt import connect_monitor, is_refused
+from .qemu.adopt import connect_monitor
+from .recognition import hold_again
 from .transitions import Move, of_status
 
 if TYPE_CHECKING:
@@ -61,11 +62,11 @@ class Reconnection:
         """The connection has ended just now."""
         self._lost_at = time.time()
 
-    def begin(self) -> None:
+    def begin(self, reason: str = "monitor-lost") -> None:
         """The process lives, or may live: seek its monitor. A VM that has never come up is still `starting`."""
         vm = self._vm
         if vm.came_up and vm.state.can(VmState.UNKNOWN):
-            vm.state.move(VmState.UNKNOWN, "monitor-lost")
+            vm.state.move(VmState.UNKNOWN, reason)
         self._failed = False
         self._task = vm.loop.create_task(self._seek())
 
@@ -88,17 +89,19 @@ class Reconnection:
     async def _seek(self) -> None:
         vm = self._vm
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(VmloopError),
+            retry=tenacity.retry_if_exception_type((VmloopError, OSError)),  # OSError: no fd is free now, and the like
             wait=tenacity.wait_exponential(multiplier=0.05, max=vm.settings.reconnect_max_delay),
             before_sleep=self._note_failure,
         )
         async for attempt in retrying:  # ends with the monitor found, or with the run
             with attempt:
                 assert vm.run is not None
-                if vm.process is None and vm.run.launched and is_refused(vm.run.monitor):
-                    vm.loop.call_soon(vm.finish, "nobody listens on its monitor's socket any more")
+                if not hold_again(vm):
+                    vm.loop.call_soon(vm.finish, "it ended while no worker watched")
                     return
-                await self._come_back(connect_monitor(vm.run.monitor))
+                connection = connect_monitor(vm.run.monitor)
+                hold_again(vm, connection)
+                await self._come_back(connection)
         self._task = None
 
     def _note_failure(self, state: tenacity.RetryCallState) -> None:
@@ -126,7 +129,7 @@ class Reconnection:
                 await vm.settle_in(deadline)
             if vm.session is None:
                 raise MonitorLost(f"VM {vm.name}: its monitor closed the connection again")
-        except VmloopError:
+        except (VmloopError, OSError):
             vm.drop_session("no answer")
             raise
         finally:
@@ -153,7 +156,11 @@ class Reconnection:
         if vm.run.agent is not None and (chardevs := await self._ask("query-chardev", deadline)) is not None:
             after.agent_port = is_port_open(chardevs, vm.run.agent)
         held, self._held = self._held or [], None
-        span = {"since": self._lost_at or newest or vm.run.started, "until": until, "reason": "no connection to the monitor"}
+        span = {
+            "since": self._lost_at or newest or vm.run.started,
+            "until": until,
+            "reason": "no connection to the monitor",
+        }
         if self._dropped:
             span["dropped"] = self._dropped
         with vm.events.together():

@@ -7,13 +7,16 @@ foreign is set aside and named, never trusted and never dropped.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+import tenacity
 
 from ..common.durable import set_aside, write_whole
 from ..common.paths import VmPaths
@@ -22,6 +25,8 @@ from .qemu.adopt import is_refused
 
 log = logging.getLogger(__name__)
 
+RETRY_FIRST: Final = 0.5  # seconds before a failed write is tried again; doubles
+RETRY_MAX: Final = 30.0  # up to this: whoever makes room on the disk waits no longer for it to be noticed
 MAX_BYTES = 4 * 1024 * 1024  # argv may be long; anything larger is not ours
 
 
@@ -44,6 +49,7 @@ class Run(msgspec.Struct, frozen=True):
     agent: str | None = None
     launched: bool = True  # False: attached
     may_kill: bool = False  # the process is surely this VM's and nobody else's
+    mark: str = ""  # of a launched one: what it has in its environment (worker/qemu/launch.py)
     binary: str = ""
     argv: list[str] = []
     oob: bool = False
@@ -60,15 +66,22 @@ def read_run(path: Path) -> Run | None:
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
-        log.warning("%s is damaged (%s); it was moved to %s", path, error, set_aside(path))
+        _put_aside(path, error)
         return None
     try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"over {MAX_BYTES} bytes")
         return msgspec.json.decode(content, type=Run)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        log.warning("%s is damaged (%s); it was moved to %s", path, error, set_aside(path))
+        _put_aside(path, error)
         return None
+
+
+def _put_aside(path: Path, damage: Exception) -> None:
+    try:
+        log.warning("%s is damaged (%s); it was moved to %s", path, damage, set_aside(path))
+    except OSError as error:  # a file system that is read-only
+        log.warning("%s is damaged (%s), and cannot be moved: %s", path, damage, error.strerror)
 
 
 def salvage_run(paths: VmPaths, epoch: int, *, attached: bool) -> Run:
@@ -95,10 +108,67 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+class RunFile:
+    """run.json of one VM, written by its worker. A write that may wait is tried again until the disk takes it; the newest content wins."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, path: Path, told: Callable[[str | None], None]) -> None:
+        """`told` hears why the file is not up to date, and None when it is again."""
+        self._loop = loop
+        self._path = path
+        self._told = told
+        self._newest: Run | None = None  # what the file should hold and does not
+        self._trouble = False
+        self._retrying: asyncio.Task[None] | None = None
+
+    def write(self, run: Run) -> None:
+        """Write now. Raises OSError; then the old content stands, and nothing is tried again."""
+        write_run(self._path, run)
+        self._newest = None
+        if self._trouble:
+            self._trouble = False
+            self._told(None)
+
+    def write_or_retry(self, run: Run) -> None:
+        """Write now, or as soon as it can be."""
+        try:
+            self.write(run)
+        except OSError as error:
+            self._newest = run
+            self._trouble = True
+            log.error("%s cannot be written: %s; it is tried again", self._path, error.strerror)
+            self._told(f"{self._path} is out of date: {error.strerror}")
+            if self._retrying is None:
+                self._retrying = self._loop.create_task(self._retry())
+
+    def close(self) -> None:
+        """Nothing is tried again after this."""
+        if self._retrying is not None:
+            self._retrying.cancel()
+
+    async def _retry(self) -> None:
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(OSError),
+            wait=tenacity.wait_exponential(multiplier=RETRY_FIRST, max=RETRY_MAX),
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    if self._newest is not None:
+                        self.write(self._newest)
+        finally:
+            self._retrying = None
+
+
 def clear_run_directory(directory: Path) -> None:
-    """Remove what a run leaves in its run directory, but not the lock and the page, which belong to the worker."""
+    """Remove what a run leaves in its run directory, but not the lock and the page, which belong to the worker.
+
+    What cannot be removed is named in the log: the next start replaces it.
+    """
     for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "handlers.json", "pending.json"):
-        (directory / name).unlink(missing_ok=True)
+        try:
+            (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", directory / name, error.strerror)
 
 
 def remove_directory(directory: Path) -> None:

@@ -81,3 +81,9 @@ def of_end(*, killed: bool, started: bool, shutdown_seen: bool) -> Move:
     if not started:
         return Move(VmState.SHUTOFF, "failed")
     return Move(VmState.SHUTOFF, "shutdown" if shutdown_seen else "crashed")
+
+
+def of_ended(state: str, reason: str) -> Move:
+    """What a VM is whose newest run has ended so, as run.json has it."""
+    # `unknown` is a detached VM: not vmloop's any more, and not known to be gone.
+    return Move(VmState.UNKNOWN if state == VmState.UNKNOWN.value else VmState.SHUTOFF, reason)

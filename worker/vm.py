@@ -22,19 +22,13 @@ from typing import Any, Final
 
 import msgspec
 
-from ..common.errors import (
-    MonitorLost,
-    NotRunning,
-    OutcomeUnknown,
-    QmpError,
-)
+from ..common.errors import MonitorLost, NotRunning, OutcomeUnknown, QmpError
 from ..common.names import VmName
 from ..common.page import Page, Word
 from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
-from .conditions import Conditions
 from .events import Effect, Event, EventLog
 from .keeper import Keeper
 from .qemu.process import QemuProcess, describe_exit
@@ -44,8 +38,9 @@ from .qmp.ledger import Ledger, Owed
 from .qmp.session import QmpSession
 from .qmp.writer import end_connection
 from .reconnection import Reconnection
-from .runfile import Run, RunEnd, clear_run_directory, read_run, salvage_run, write_run
-from .transitions import Move, of_end, of_event, of_status
+from .runfile import Run, RunEnd, RunFile, clear_run_directory, read_run, salvage_run
+from .transitions import Move, of_end, of_ended, of_event, of_status
+from .waiting import Waiters
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +94,7 @@ class Vm:
         self.agent = GuestAgent(loop, name, events, page, settings, on_status)
         self.facts: dict[str, Any] = {}  # what handlers have found out about the run (worker/handlers)
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
+        self._file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
         self._page = page
         self._keeper = keeper
         self._on_status = on_status
@@ -107,8 +103,8 @@ class Vm:
         self._killed_for = ""  # the reason of a kill that is not the operator's
         self.reconnection = Reconnection(self)
         self.agent_port_id: str | None = None  # the agent's port in QEMU's events, if it is known
-        self._conditions = Conditions(loop)
-        self.wait_until = self._conditions.wait
+        self._waiters = Waiters(loop)
+        self.wait_until = self._waiters.wait
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         for event in events.unsettled:
             self._put_on_page(event)
@@ -120,9 +116,12 @@ class Vm:
             self.page_lost = True
             self._begin_lost_page(self.run)
         else:
-            first = _after_end(self.run)
+            ended = self.run.ended if self.run is not None else None
+            first = of_ended(ended.state, ended.reason) if ended is not None else Move(VmState.SHUTOFF, "unknown")
         self.state = StateHolder(f"VM {name}", first.state, VM_MOVES, self._on_state, first.reason)
         self.monitor = StateHolder(f"monitor of {name}", MonitorState.LOST, MONITOR_MOVES, self._on_monitor)
+        if self.run is not None and self.alive and first.state is VmState.SHUTOFF:
+            self._settled_before(self.run, first)
 
     # -- what others ask ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +129,11 @@ class Vm:
     def alive(self) -> bool:
         """Whether there is a run that is not known to be over."""
         return self.run is not None and self.run.ended is None
+
+    @property
+    def page_unkept(self) -> str:
+        """Why the status page would not outlive this worker; "" if it would."""
+        return self._page.unkept
 
     @property
     def since(self) -> float:
@@ -177,13 +181,25 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        self.save(msgspec.structs.replace(run, epoch=run.epoch + 1))
-        self.events.begin_epoch(run.epoch + 1)
+        epoch = max(run.epoch, self._page.words[Word.EPOCH]) + 1  # of the page: one that run.json did not take
+        self.save_soon(msgspec.structs.replace(run, epoch=epoch))
+        self.events.begin_epoch(epoch)
+
+    def _settled_before(self, run: Run, move: Move) -> None:
+        """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
+        self.save_soon(msgspec.structs.replace(run, ended=RunEnd(move.state.value, move.reason, self.since)))
+        self._keeper.drop()
+        clear_run_directory(self.paths.run)
 
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
         self.run = run
-        write_run(self.paths.run_file, run)
+        self._file.write(run)
+
+    def save_soon(self, run: Run) -> None:
+        """The same for what the run can go on without: written now, or when the disk takes it."""
+        self.run = run
+        self._file.write_or_retry(run)
 
     def hold(self, process: QemuProcess) -> None:
         """This is the run's process: its end will be the run's."""
@@ -202,10 +218,7 @@ class Vm:
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
-        try:
-            self.save(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
-        except OSError as error:  # what is in memory holds for this worker; the next one may negotiate anew
-            log.error("VM %s: what its monitor can do is not written down: %s", self.name, error)
+        self.save_soon(msgspec.structs.replace(self.run, oob=session.oob, qemu_version=version))
 
     def keep_connection(self, connection: socket.socket) -> None:
         """Let the connection outlive this worker."""
@@ -320,8 +333,10 @@ class Vm:
         """The connection ended by itself."""
         self.session = None
         self.reconnection.lost()
+        if self._ending:  # `settle` tells, after the agent's end
+            return
         self.monitor.move(MonitorState.LOST, reason)
-        if self._ending or self.reconnection.active:
+        if self.reconnection.active:
             return
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
@@ -360,7 +375,7 @@ class Vm:
     def changed(self) -> None:
         """Something that `list` shows, or that somebody may wait for, is another."""
         self._on_status()
-        self._conditions.look()
+        self._waiters.look()
 
     # -- end --------------------------------------------------------------------------------------------------------------------
 
@@ -400,6 +415,7 @@ class Vm:
             self.process.close()
             self.process = None
         self.agent.close("the VM is shut off")
+        self.drop_session("QEMU is gone")
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
@@ -413,13 +429,15 @@ class Vm:
         self.changed()
 
     def detach(self) -> None:
-        """Let go of a running VM: it goes on without vmloop."""
+        """Let go of a running VM: it goes on without vmloop. Raises OSError if that cannot be written down; then it is held as before."""
+        assert self.run is not None
+        run = msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time()))
+        self._file.write(run)  # first: a VM that is let go and noted as ours would be taken up again
+        self.run = run
         self._ending = True
         self.let_go()
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "detached")
-        assert self.run is not None
-        self.save(msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time())))
         self._keeper.drop()
         self.gone.set()
         self.changed()
@@ -447,9 +465,6 @@ class Vm:
             self.loop.remove_reader(self.session.fileno())  # what comes from here on is the next worker's
         self.reconnection.cancel()
 
-
-def _after_end(run: Run | None) -> Move:
-    if run is None or run.ended is None:
-        return Move(VmState.SHUTOFF, "unknown")
-    # `unknown` is a detached VM: not vmloop's any more, and not known to be gone.
-    return Move(VmState.UNKNOWN if run.ended.state == VmState.UNKNOWN.value else VmState.SHUTOFF, run.ended.reason)
+    def close(self) -> None:
+        """The worker ends: nothing is tried again."""
+        self._file.close()

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from vmloop.broker.actions import Fork, ToWorker
-from vmloop.broker.core import FAREWELL, WORKER_GRACE
-from vmloop.broker.inflight import MAX_HELD_BYTES, MAX_REPEATABLE_BYTES
+from vmloop.broker.core import FAREWELL
+from vmloop.broker.inflight import MAX_HELD_BYTES, MAX_REPEATABLE_BYTES, WORKER_GRACE
 from vmloop.common.deadlines import SLICE
 from vmloop.common.pack import MAX_MESSAGE_BYTES
 from vmloop.common.settings import BrokerSettings

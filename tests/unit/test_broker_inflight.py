@@ -126,11 +126,14 @@ def test_the_brokers_own_requests_are_kept_even_then() -> None:
     [
         (True, False, MAX_REPEATABLE_BYTES, True),
         (True, False, MAX_REPEATABLE_BYTES + 1, False),
-        (False, False, 1, False),
+        (False, False, MAX_REPEATABLE_BYTES, True),
+        (False, False, MAX_REPEATABLE_BYTES + 1, False),
         (False, True, MAX_REPEATABLE_BYTES + 1, True),
     ],
 )
-def test_a_sent_frame_is_kept_only_if_it_may_be_sent_again(reading: bool, spawns: bool, size: int, kept: bool) -> None:
+def test_a_sent_frame_is_kept_for_the_next_worker_unless_it_is_long(
+    reading: bool, spawns: bool, size: int, kept: bool
+) -> None:
     subject = table()
     entry = put(subject, reading=reading, spawns=spawns)
     subject.hold_frame(entry, bytes(size))

@@ -149,7 +149,7 @@ def test_a_start_that_fails_leaves_nothing_behind(paths: VmPaths, binary: str) -
 def test_a_log_that_cannot_be_opened_leaves_nothing_behind(paths: VmPaths) -> None:
     paths.qemu_log.mkdir()
     before = open_fds()
-    with pytest.raises(OSError, match=r"qemu\.log"):
+    with pytest.raises(LaunchFailed, match=r"qemu\.log: Is a directory"):
         launch(definition(), paths, 1, stopped=True, log_bytes=LOG_BYTES)
     assert open_fds() == before
     assert list(paths.run.iterdir()) == []

@@ -108,12 +108,8 @@ def test_the_maker_of_a_listening_socket_is_known_to_whoever_connects(tmp_path: 
 def test_another_process_with_the_pid_is_not_taken_for_ours(child: subprocess.Popen[bytes]) -> None:
     before = len(os.listdir("/proc/self/fd"))
     now = identify(child.pid)
-    for earlier in (
-        msgspec.structs.replace(now, started=now.started - 1),
-        msgspec.structs.replace(now, executable="/usr/bin/qemu-system-x86_64"),
-    ):
-        with pytest.raises(NotTheProcess, match=str(child.pid)):
-            QemuProcess(earlier)
+    with pytest.raises(NotTheProcess, match=str(child.pid)):
+        QemuProcess(msgspec.structs.replace(now, started=now.started - 1))
     assert len(os.listdir("/proc/self/fd")) == before
     assert child.poll() is None
 

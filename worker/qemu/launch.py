@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import msgspec
 
@@ -26,6 +26,7 @@ from ..memory import unlimited_children
 from .process import QemuProcess
 
 LOG_TAIL_BYTES: Final = 4096  # of qemu.log, shown with `launch-failed`
+REAP_SECONDS: Final = 1.0  # for a process that was killed right after its start
 VM_VARIABLE: Final = "VMLOOP_VM"  # in QEMU's environment: state directory and epoch, to recognise it by
 
 
@@ -57,6 +58,11 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
     return argv
 
 
+def mark_of(paths: VmPaths, epoch: int) -> str:
+    """What a QEMU has in its environment, so that it can be recognised: of one run of one VM of one root."""
+    return f"{paths.state}:{epoch}"
+
+
 def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool, log_bytes: int) -> Launched:
     """Start QEMU in a session of its own, with its output in qemu.log. Raises `LaunchFailed`; then nothing is left behind."""
     with contextlib.ExitStack() as on_failure:
@@ -67,8 +73,7 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
         on_failure.callback(connection.close)
         agent_fd = agent_listener.fileno() if agent_listener is not None else None
         argv = command_line(definition, monitor_fd=monitor_listener.fileno(), agent_fd=agent_fd, stopped=stopped)
-        log = on_failure.enter_context(_open_log(paths.qemu_log, log_bytes))
-        log.write(f"--- epoch {epoch}: {' '.join(argv)}\n".encode())
+        log = on_failure.enter_context(_open_log(paths.qemu_log, log_bytes, f"--- epoch {epoch}: {' '.join(argv)}\n"))
         try:
             with unlimited_children():
                 child = subprocess.Popen(
@@ -78,12 +83,12 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
                     stderr=log,
                     start_new_session=True,
                     pass_fds=[fd for fd in (monitor_listener.fileno(), agent_fd) if fd is not None],
-                    env={**os.environ, VM_VARIABLE: f"{paths.state}:{epoch}"},
+                    env={**os.environ, VM_VARIABLE: mark_of(paths, epoch)},
                     cwd=paths.state,
                 )
         except OSError as error:
             raise LaunchFailed(f"cannot start {argv[0]}: {error.strerror}", log="") from error
-        process = QemuProcess(_identity_of(child), child)
+        process = _hold(child)
         monitor_listener.close()
         if agent_listener is not None:
             agent_listener.close()
@@ -141,10 +146,31 @@ def _connect(path: Path) -> socket.socket:
     return connection
 
 
-def _open_log(path: Path, max_bytes: int):  # type: ignore[no-untyped-def]
-    if path.exists() and path.stat().st_size > max_bytes:
-        path.rename(path.with_name(path.name + ".1"))
-    return path.open("ab", buffering=0)
+def _open_log(path: Path, max_bytes: int, first_line: str) -> IO[bytes]:
+    """qemu.log, with the line that begins a run. Raises `LaunchFailed`: a disk that takes no line takes no run.json either."""
+    try:
+        if path.exists() and path.stat().st_size > max_bytes:
+            path.rename(path.with_name(path.name + ".1"))
+        log = path.open("ab", buffering=0)
+        try:
+            log.write(first_line.encode())
+        except BaseException:
+            log.close()
+            raise
+    except OSError as error:
+        raise LaunchFailed(f"cannot write {path}: {error.strerror}", log="") from error
+    return log
+
+
+def _hold(child: subprocess.Popen[bytes]) -> QemuProcess:
+    """The new process. Raises `LaunchFailed` if it cannot be held (no free fds): one that nobody could watch is not left running."""
+    try:
+        return QemuProcess(_identity_of(child), child)
+    except OSError as error:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then it ends later, as a child of the zygote
+            child.wait(REAP_SECONDS)
+        raise LaunchFailed(f"pid {child.pid} was started and cannot be watched: {error.strerror}", log="") from error
 
 
 def _identity_of(child: subprocess.Popen[bytes]) -> Identity:

@@ -7,14 +7,16 @@ process with the same number.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import socket
 import struct
 import subprocess
+from collections.abc import Callable
 
-from ...common.process import Identity, NotTheProcess, ProcessGone, identify
+from ...common.process import CannotTell, Identity, NotTheProcess, identify, open_pidfd
 
 
 def peer_of(connection: socket.socket) -> int:
@@ -26,21 +28,23 @@ def peer_of(connection: socket.socket) -> int:
 class QemuProcess:
     """A process held by its pidfd. `fileno` turns readable when it has ended."""
 
-    def __init__(self, identity: Identity, child: subprocess.Popen[bytes] | None = None) -> None:
-        """Raises `ProcessGone` or `NotTheProcess` if `identity` is not alive."""
+    def __init__(
+        self,
+        identity: Identity,
+        child: subprocess.Popen[bytes] | None = None,
+        vouch: Callable[[Identity], bool] = lambda _: False,
+    ) -> None:
+        """Raises `ProcessGone` or `NotTheProcess` if `identity` is not alive; OSError if that cannot be told, `CannotTell` among them.
+
+        Pid and start time are one process for as long as the host is up. If its executable is not the noted one, it has gone on to run
+        another program, or its file was replaced or may not be read: then `vouch` is asked whether it is the VM's all the same.
+        """
         self.identity = identity
         self._child = child
-        try:
-            self._pidfd = os.pidfd_open(identity.pid)
-        except ProcessLookupError:
-            raise ProcessGone(f"no process {identity.pid}") from None
+        self._pidfd = open_pidfd(identity.pid)
         if child is None:
-            try:
-                found = identify(
-                    identity.pid
-                )  # after the pidfd is open: from now on it cannot become another one unseen
-                if found != identity:
-                    raise NotTheProcess(f"process {identity.pid} is {found.executable}, not {identity.executable}")
+            try:  # after the pidfd is open: from now on it cannot become another one unseen
+                self.identity = _same_process(identity, vouch)
             except BaseException:
                 os.close(self._pidfd)
                 raise
@@ -72,6 +76,19 @@ class QemuProcess:
         if self._child is not None and self._child.poll() is None:
             self._child.returncode = 0  # it lives on without us: Popen must neither wait for it nor warn
         os.close(self._pidfd)
+
+
+def _same_process(identity: Identity, vouch: Callable[[Identity], bool]) -> Identity:
+    found = identify(identity.pid)
+    if found.started != identity.started:
+        raise NotTheProcess(
+            f"process {identity.pid} is another one now: {found.executable or 'its executable is not shown'}"
+        )
+    if found.executable != identity.executable and not vouch(found):
+        now = f"now runs {found.executable}" if found.executable else "does not show its executable"
+        text = f"process {identity.pid}, noted as {identity.executable or 'an unknown program'}, lives and {now}"
+        raise CannotTell(errno.EPERM, text)
+    return found
 
 
 def describe_exit(status: int | None) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from ...common.definition import definition_from_mapping, definition_to_toml
 from ...common.durable import write_whole
-from ...common.errors import AlreadyRunning, BadRequest, Denied
+from ...common.errors import AlreadyRunning, BadRequest, ConfigError, Denied
 from ..runfile import remove_directory
 from .request import Request
 
@@ -31,7 +31,12 @@ async def define(app: App, request: Request, arguments: DefineArguments) -> dict
     definition = definition_from_mapping(arguments.definition, f"definition of {app.name}")
     if definition.name != app.name:
         raise BadRequest(f"the definition names {definition.name!r}, the request {app.name!r}")
-    write_whole(app.paths.definition, definition_to_toml(definition))
+    try:
+        write_whole(app.paths.definition, definition_to_toml(definition))
+    except OSError as error:
+        raise ConfigError(
+            f"VM {app.name} is not defined: {error.filename} cannot be written: {error.strerror}"
+        ) from error
     app.definition = msgspec.to_builtins(definition)
     app.send_status()
     return {"name": app.name}

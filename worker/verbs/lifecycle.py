@@ -23,11 +23,13 @@ from ...common.errors import (
     MonitorFrozen,
     MonitorLost,
     NotRunning,
+    OutcomeUnknown,
     VmloopError,
 )
 from ...common.states import VmState
 from .. import beginnings
 from ..qemu.launch import log_tail
+from ..recognition import FACT, WAY_OUT, hold_again
 from .request import NoArguments, Request
 
 if TYPE_CHECKING:
@@ -148,6 +150,9 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
             raise
         app.log_info(f"stop: {error}; killing it, as asked")
         return await kill(app, request, NoArguments())
+    except OutcomeUnknown:  # QEMU hung up before it answered: if that was its end, it is stopped
+        if not await vm.wait_until(vm.gone.is_set, min(until, app.loop.time() + SETTLE_SECONDS)):
+            raise
     finally:
         vm.intent = ""  # a guest that did not listen: what stops it later has other reasons
     return _state(app)
@@ -161,10 +166,13 @@ async def kill(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     if not vm.alive:
         raise NotRunning(f"VM {app.name} does not run (it is {vm.state.state.value})")
     deadline = min(request.deadline, app.loop.time() + KILL_SECONDS)
-    try:
-        vm.kill()
-    except NotRunning as error:
-        await _quit_instead(app, request, str(error), deadline)
+    if hold_again(vm):
+        try:
+            vm.kill()
+        except NotRunning as error:
+            await _quit_instead(app, request, vm.facts.get(FACT) or str(error), deadline)
+    else:
+        vm.finish("it ended unseen")
     if not await vm.wait_until(vm.gone.is_set, deadline):
         raise DeadlineExceeded(
             f"VM {app.name} was killed, but its process has not ended yet; it may hang in the kernel"
@@ -208,7 +216,10 @@ async def detach(app: App, request: Request, _: NoArguments) -> dict[str, Any]:
     """Let go of the VM, which runs on. If it has no definition, vmloop forgets it."""
     if app.vm.alive:
         await _thaw(app, request.deadline)
-        app.vm.detach()
+        try:
+            app.vm.detach()
+        except OSError as error:
+            raise ConfigError(f"VM {app.name}: not detached, for that cannot be written down: {error}") from error
     elif app.paths.definition.exists() and not _is_over(app, request):
         raise NotRunning(
             f"VM {app.name} does not run (it is {app.vm.state.state.value}): there is nothing to let go of"
@@ -271,7 +282,7 @@ async def _quit_instead(app: App, request: Request, why: str, deadline: float) -
     except VmloopError as error:
         if not await app.vm.wait_until(app.vm.gone.is_set, min(deadline, app.loop.time() + SETTLE_SECONDS)):
             raise Denied(
-                f"{why}, and 'quit' did not end it ({error}); detach it and attach it again with --pid"
+                f"VM {app.name}: {why}; 'quit' did not end it either ({error}). {WAY_OUT[0].upper()}{WAY_OUT[1:]}"
             ) from error
 
 
