@@ -133,17 +133,20 @@ def test_a_request_for_which_the_workers_queue_is_full_ends_as_busy() -> None:
     assert desk.core.actions == []
 
 
-@pytest.mark.parametrize(("reading", "becomes"), [(True, "sent again"), (False, "worker-lost")])
-def test_a_request_that_met_a_cut_connection_is_not_thought_to_be_with_the_worker(reading: bool, becomes: str) -> None:
+@pytest.mark.parametrize("reading", [True, False])
+@pytest.mark.parametrize(("filling", "becomes"), [(0, "sent again"), (MAX_REPEATABLE_BYTES, "worker-lost")])
+def test_a_request_that_met_a_cut_connection_is_not_thought_to_be_with_the_worker(
+    reading: bool, filling: int, becomes: str
+) -> None:
     desk = Desk()
     worker = desk.worker("web1")
-    desk.ask("qmp", "vm/web1", reading=reading)
+    desk.ask("qmp", "vm/web1", {"filling": "x" * filling}, reading=reading)
     [request] = desk.requests(worker)
     desk.core.on_undeliverable(request.id, full=False)
     again = desk.reconnected(worker)
     desk.hello(again)
-    assert [answer.code for answer in desk.answers()] == ([] if reading else ["worker-lost"])
-    assert [sent.id for sent in desk.requests(again)] == ([request.id] if reading else [])
+    assert [answer.code for answer in desk.answers()] == (["worker-lost"] if filling else [])
+    assert [sent.id for sent in desk.requests(again)] == ([] if filling else [request.id])
 
 
 def test_a_control_message_that_cannot_be_delivered_concerns_nobody() -> None:

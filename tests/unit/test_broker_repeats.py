@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests whose worker died, left or was cut off are given to a worker again, which knows what became of them: never twice without saying so."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmloop.broker.crew import REPEAT_SECONDS
+from vmloop.broker.inflight import MAX_REPEATABLE_BYTES, WORKER_GRACE
+from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Message
+
+from ..fakes.broker_desk import Desk, Worker
+
+LONG = {"filling": "x" * MAX_REPEATABLE_BYTES}
+SPEAKS = {"protocol": 2, "protocols": [1, 2]}
+
+
+def dead(desk: Desk, worker: Worker) -> Worker:
+    """The worker dies; its successor is forked."""
+    desk.exit(worker)
+    desk.tick(0.05)
+    return desk.forked("web1")
+
+
+def asked(desk: Desk, worker: Worker, *, reading: bool = False, long: bool = False) -> Message:
+    """A request that the worker has."""
+    desk.ask("qmp", "vm/web1", LONG if long else {"command": "stop"}, reading=reading, seconds=10.0, key=b"k")
+    [request] = desk.requests(worker)
+    assert not request.repeated
+    return request
+
+
+@pytest.mark.parametrize("reading", [True, False])
+def test_the_next_worker_is_given_what_the_dead_one_had(reading: bool) -> None:
+    desk = Desk()
+    request = asked(desk, desk.worker("web1", **SPEAKS), reading=reading)
+    desk.tick(1.0)
+    [entry] = desk.core.inflight
+    assert entry.sent_to is not None
+    worker = desk.core.roster.by_identity[entry.sent_to]
+    after = dead(desk, Worker(worker.name, worker.worker_pid or 0, worker.incarnation, worker.identity))
+    desk.hello(after, **SPEAKS)
+    [again] = desk.requests(after)
+    assert (again.id, again.op, again.body, again.key) == (request.id, request.op, request.body, request.key)
+    assert again.flags == FLAG_REPEATED | (FLAG_READING if reading else 0)
+    assert again.seconds == pytest.approx(entry.deadline - WORKER_GRACE - desk.now)
+    assert again.seconds < 9.0
+    desk.reply(after, again, {"done": True})
+    assert desk.answer().value == {"done": True}
+
+
+def test_what_the_next_worker_has_inherited_is_left_to_it() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    request = asked(desk, worker)
+    after = dead(desk, worker)
+    desk.hello(after, inherited=[request.id], **SPEAKS)
+    assert desk.requests(after) == []
+    desk.reply(after, request, {})
+    assert desk.answer().code is None
+
+
+def test_of_a_request_that_was_not_kept_the_next_worker_is_asked_what_became_of_it() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    request = asked(desk, worker, long=True)
+    after = dead(desk, worker)
+    desk.hello(after, **SPEAKS)
+    [asking] = desk.requests(after)
+    assert (asking.id, asking.op, asking.service, asking.body) == (request.id, "qmp", "vm/web1", b"")
+    assert asking.flags == FLAG_REPEATED | FLAG_ASKING
+    assert asking.asking
+
+
+def test_a_worker_that_speaks_the_first_protocol_is_given_nothing_twice() -> None:
+    desk = Desk()
+    worker = desk.worker("web1")
+    asked(desk, worker)
+    after = dead(desk, worker)
+    desk.hello(after)
+    assert desk.requests(after) == []
+    assert desk.answer().code == "outcome-unknown"
+
+
+def test_a_worker_that_connects_again_is_given_what_it_does_not_have() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    first, second = asked(desk, worker), asked(desk, worker)
+    again = desk.reconnected(worker)
+    desk.hello(again, inherited=[second.id], **SPEAKS)
+    [repeated] = desk.requests(again)
+    assert (repeated.id, repeated.repeated) == (first.id, True)
+
+
+def test_what_a_leaving_worker_did_not_answer_goes_to_the_next_one_also_if_the_vm_is_over() -> None:
+    for alive in (True, False):
+        desk = Desk()
+        worker = desk.worker("web1", **SPEAKS)
+        request = asked(desk, worker)
+        desk.bye(worker, alive=alive)
+        desk.exit(worker)
+        after = desk.forked("web1")
+        desk.hello(after, alive=alive, state="running" if alive else "shutoff", **SPEAKS)
+        [again] = desk.requests(after)
+        assert (again.id, again.repeated) == (request.id, True)
+        assert desk.answers() == []
+
+
+def test_a_request_that_is_nearly_over_is_given_to_the_next_worker_all_the_same() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    asked(desk, worker)
+    desk.exit(worker)
+    desk.tick(10.0 + WORKER_GRACE / 2)
+    after = desk.forked("web1")
+    desk.hello(after, **SPEAKS)
+    [again] = desk.requests(after)
+    assert again.seconds == REPEAT_SECONDS
+
+
+def test_a_client_cannot_mark_its_request_as_repeated() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    frame = bytearray(desk.ask("qmp", "vm/web1", {"command": "stop"}))
+    desk.requests(worker)
+    frame[5] = 0xFF
+    desk.core.on_client(b"other", [bytes(frame)], desk.now)
+    [request] = desk.requests(worker)
+    assert request.flags == FLAG_READING
