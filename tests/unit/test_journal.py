@@ -468,6 +468,17 @@ def test_a_journal_that_cannot_be_looked_at_is_an_error_of_the_disk(tmp_path: Pa
         Journal(tmp_path / "journal")
 
 
+def test_a_close_that_fails_is_told_and_the_journal_goes_on(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(directory)
+    journal.append(one(1))
+    os.close(journal.filenos()[0])
+    journal.close()
+    assert "Bad file descriptor" in caplog.text
+    journal.append(one(2))
+    assert journal.last == Cursor(1, 2)
+    journal.close()
+
+
 def test_sync_reaches_closed_segments_and_removed_ones_do_not_matter(directory: Path) -> None:
     journal = Journal(directory, LIMIT, segment=SEGMENT)
     for seq in range(1, 200):
