@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import resource
 import shutil
+import subprocess
+import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -303,6 +304,41 @@ def test_a_batch_larger_than_a_segment_has_one_of_its_own(directory: Path) -> No
     assert len(files(directory)) == 3
 
 
+WRITER = """
+import os, sys
+from pathlib import Path
+from vmloop.worker.journal.journal import Journal
+from vmloop.worker.journal.record import Record
+journal = Journal(Path(sys.argv[1]), 100_000, segment=10_000)
+seq = 0
+while True:
+    journal.append([Record(1, seq + 1, 0, b"first"), Record(1, seq + 2, 0, bytes(seq % 300))])
+    seq += 2
+    os.write(1, seq.to_bytes(8, "little"))
+"""
+
+
+@pytest.mark.parametrize("acknowledged", [1, 50, 500])
+def test_a_writer_that_is_killed_has_lost_nothing_that_it_was_sure_of(directory: Path, acknowledged: int) -> None:
+    command = [sys.executable, "-c", WRITER, os.fspath(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as writer:
+        assert writer.stdout is not None
+        for _ in range(acknowledged):
+            assert len(writer.stdout.read(8)) == 8
+        writer.kill()
+        rest = writer.stdout.read()
+    sure = (
+        2 * acknowledged
+        if len(rest) < 8
+        else int.from_bytes(rest[len(rest) // 8 * 8 - 8 : len(rest) // 8 * 8], "little")
+    )
+    journal = Journal(directory, 100_000, segment=10_000)
+    assert journal.repaired == ""
+    assert sure <= journal.last.seq <= sure + 2
+    assert journal.last.seq % 2 == 0
+    assert len(all_of(journal)) == journal.last.seq - journal.first.seq + 1
+
+
 # -- a disk that refuses --------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +468,17 @@ def test_a_journal_that_cannot_be_looked_at_is_an_error_of_the_disk(tmp_path: Pa
         Journal(tmp_path / "journal")
 
 
+def test_a_close_that_fails_is_told_and_the_journal_goes_on(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(directory)
+    journal.append(one(1))
+    os.close(journal.filenos()[0])
+    journal.close()
+    assert "Bad file descriptor" in caplog.text
+    journal.append(one(2))
+    assert journal.last == Cursor(1, 2)
+    journal.close()
+
+
 def test_sync_reaches_closed_segments_and_removed_ones_do_not_matter(directory: Path) -> None:
     journal = Journal(directory, LIMIT, segment=SEGMENT)
     for seq in range(1, 200):
@@ -546,10 +593,15 @@ def test_opening_and_paging_keep_no_buffers(directory: Path) -> None:
     for seq in range(1, 4001):
         journal.append(one(seq, bytes(230)))
     journal.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    journal = Journal(directory)
-    with contextlib.closing(journal):
+    tracemalloc.start()
+    try:
+        journal = Journal(directory)
         since = NOWHERE
         while (page := journal.read(since, 50, 1 << 20)).more:
             since = page.last
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1024  # KiB
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    journal.close()
+    assert peak < 512 * 1024
+    assert held < 64 * 1024

@@ -333,7 +333,12 @@ class Journal:
     def _close_file(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                os.close(fd)
+            except (
+                OSError
+            ) as error:  # it is closed all the same; what it says is of bytes that were written long before
+                log.warning("%s: %s", self._directory, error)
 
 
 def _write(fd: int, data: bytes) -> None:
