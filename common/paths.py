@@ -21,6 +21,8 @@ from .names import VmName
 # sun_path is 108 bytes with its closing zero (unix(7)).
 MAX_SOCKET_PATH_BYTES: Final = 107
 
+JOURNAL: Final = "journal"  # directory of a VM's events, in its state directory
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -121,7 +123,7 @@ class VmPaths:
 
     @property
     def journal(self) -> Path:
-        return self.state / "journal"
+        return self.state / JOURNAL
 
     @property
     def answers(self) -> Path:

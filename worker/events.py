@@ -148,6 +148,11 @@ class EventLog:
         return Cursor(self._words[Word.EPOCH], self._settled)
 
     @property
+    def newest_epoch(self) -> int:
+        """The newest run that the page or the journal knows of."""
+        return max(int(self._words[Word.EPOCH]), self._store.last.epoch)
+
+    @property
     def first(self) -> Cursor:
         """The oldest event that is kept; `Cursor(0, 0)` if there is none."""
         return self._store.first

@@ -19,7 +19,7 @@ import msgspec
 import tenacity
 
 from ..common.durable import set_aside, write_whole
-from ..common.paths import VmPaths
+from ..common.paths import JOURNAL, VmPaths
 from ..common.process import Identity
 from .qemu.adopt import is_refused
 
@@ -172,9 +172,12 @@ def clear_run_directory(directory: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a VM's directory with the plain files in it. Raises OSError if something unexpected is inside."""
+    """Remove a VM's directory with the plain files in it and its journal. Raises OSError if something unexpected is inside."""
     if directory.is_dir():
         with os.scandir(directory) as entries:
             for entry in entries:
-                os.unlink(entry.path)
+                if entry.name == JOURNAL and entry.is_dir(follow_symlinks=False):
+                    remove_directory(Path(entry.path))
+                else:
+                    os.unlink(entry.path)
         os.rmdir(directory)

@@ -166,8 +166,8 @@ class Vm:
 
     def begin_run(self, reason: str) -> int:
         """Count a new run and go to `starting`; its epoch."""
-        # run.json or the page may have been lost: a number is never given to two runs.
-        epoch = max(self.run.epoch if self.run is not None else 0, self._page.words[Word.EPOCH]) + 1
+        # run.json, the page or the journal may have been lost: a number is never given to two runs.
+        epoch = max(self.run.epoch if self.run is not None else 0, self.events.newest_epoch) + 1
         self.events.begin_epoch(epoch)
         self._page.words[Word.FACTS] = 0
         self._page.words[Word.QMP_ID] = 0
@@ -181,7 +181,7 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        epoch = max(run.epoch, self._page.words[Word.EPOCH]) + 1  # of the page: one that run.json did not take
+        epoch = max(run.epoch, self.events.newest_epoch) + 1  # one that run.json did not take
         self.save_soon(msgspec.structs.replace(run, epoch=epoch))
         self.events.begin_epoch(epoch)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests whose worker died, left or was cut off are given to a worker again, which knows what became of them: never twice without saying so."""
+"""Requests whose worker died, left or was cut off are given to a worker again, which knows what became of them; never without saying so."""
 
 from __future__ import annotations
 

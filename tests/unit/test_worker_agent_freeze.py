@@ -142,7 +142,8 @@ def hold(bench: Bench, parts: list[Any], seconds: float) -> tuple[Any, Request, 
         cancels.append(callback)
         return cancels.clear
 
-    app = SimpleNamespace(loop=bench.loop, name="vm1", vm=SimpleNamespace(agent=bench.agent), on_cancel=on_cancel)
+    requests = SimpleNamespace(on_cancel=on_cancel, begun=lambda _: None)
+    app = SimpleNamespace(loop=bench.loop, name="vm1", vm=SimpleNamespace(agent=bench.agent), requests=requests)
     now = bench.loop.time()
     return app, Request(9, "agent", now + seconds, now, False, b"", parts.append), cancels
 
