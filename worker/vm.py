@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ..common.errors import MonitorLost, NotRunning, OutcomeUnknown, QmpError
+from ..common.errors import MonitorLost, NotRunning, OutcomeUnknown, QmpError, VmloopError
 from ..common.names import VmName
 from ..common.page import Page, Word
 from ..common.paths import VmPaths
@@ -105,6 +105,7 @@ class Vm:
         self.agent_port_id: str | None = None  # the agent's port in QEMU's events, if it is known
         self._waiters = Waiters(loop)
         self.wait_until = self._waiters.wait
+        self._settling_in: asyncio.Task[None] | None = None
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         for event in events.unsettled:
             self._put_on_page(event)
@@ -240,6 +241,7 @@ class Vm:
         self.note(Fact.STARTED)
         if self.state.can(move.state):
             self.state.move(move.state, move.reason)
+        self.changed()
 
     def look_at_agent(self) -> None:
         """Find out by query-chardev whether the guest has the agent's port open."""
@@ -271,7 +273,16 @@ class Vm:
         session = self._open_session(connection)
         session.take_over(oob=run.oob, answer=self._inherit)
         self._keeper.keep("monitor", connection.fileno())
-        self.look_at_agent()
+        if self.came_up:
+            self.look_at_agent()
+        else:  # the worker before this one had not come so far
+            self._settling_in = self.loop.create_task(self._settle_in_late())
+
+    async def _settle_in_late(self) -> None:
+        try:
+            await self.settle_in(self.loop.time() + self.settings.launch)
+        except VmloopError as error:  # without a connection it is sought, and settled then
+            log.warning("VM %s: QEMU does not say what it is at: %s", self.name, error)
 
     def give_up_connection(self, connection: socket.socket) -> None:
         """A kept connection of which nobody knows how far it was read: end it everywhere, so that QEMU takes a new one."""
@@ -463,6 +474,8 @@ class Vm:
         self.agent.close("the worker ends", over=False)
         if self.session is not None:
             self.loop.remove_reader(self.session.fileno())  # what comes from here on is the next worker's
+        if self._settling_in is not None:
+            self._settling_in.cancel()
         self.reconnection.cancel()
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vmloop.broker.crew import REPEAT_SECONDS
@@ -12,7 +14,7 @@ from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Message
 from ..fakes.broker_desk import Desk, Worker
 
 LONG = {"filling": "x" * MAX_REPEATABLE_BYTES}
-SPEAKS = {"protocol": 2, "protocols": [1, 2]}
+SPEAKS: dict[str, Any] = {"protocol": 2, "protocols": [1, 2]}
 
 
 def dead(desk: Desk, worker: Worker) -> Worker:

@@ -17,6 +17,7 @@ only readable when something is new, and a line longer than the socket's buffer 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from typing import Final
 from ...common.page import Page, Word
 from ...common.paths import VmPaths
 from ..events import EventLog
+
+log = logging.getLogger(__name__)
 
 # asm-generic/socket.h; Python has no name for it. Unix sockets only (unix(7)).
 SO_PEEK_OFF: Final = 42
@@ -77,8 +80,21 @@ class LineReader:
         carry = self._words[Word.CARRY]
         self._carry_length = carry & _LENGTH_MASK
         if self._carry_length:
-            with self._paths.carry(carry >> _INDEX_SHIFT).open("rb") as file:
-                self._carry = [file.read(self._carry_length)]
+            self._carry = [self._read_carry(carry >> _INDEX_SHIFT)]
+
+    def _read_carry(self, index: int) -> bytes:
+        """What a predecessor has kept of an unfinished line. Where that is gone the line makes no sense, and is dropped as such."""
+        try:
+            with self._paths.carry(index).open("rb") as file:
+                carried = file.read(self._carry_length)
+        except OSError as error:
+            log.error("the beginning of a monitor line is lost: %s", error)
+            carried = b""
+        if len(carried) < self._carry_length:
+            log.error("of the beginning of a monitor line %d bytes are lost", self._carry_length - len(carried))
+            carried += b"\0" * min(self._carry_length - len(carried), 1)
+        self._carry_length = len(carried)
+        return carried
 
     def close(self) -> None:
         """Hand out no further line, not even from a chunk at hand."""

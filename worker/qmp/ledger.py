@@ -15,6 +15,7 @@ line again. Used by session.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Final
 
 import msgspec
@@ -58,9 +59,10 @@ class Ledger:
             if slot[0] & _ANSWERED:
                 settled = slot[_PROGRESS_AT] == self._words[Word.PROGRESS]
                 slot[0] = 0 if settled else slot[0] & ~_ANSWERED
-            if slot[0] & _TAKEN:
+            if slot[0] & _TAKEN and slot[1] not in self._slot_of and isfinite(word_to_float(slot[3])):
                 self._slot_of[slot[1]] = index
-            else:
+            else:  # also what no worker of ours has written
+                slot[0] = 0
                 self._free.append(index)
 
     def next_qmp_id(self) -> int:
