@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,19 +46,22 @@ def _with_atheris(name: str, seconds: int, found: Path, modules: list[str]) -> i
         for function in _functions_of(importlib.import_module(module)):
             atheris.instrument_func(function)
     target = TARGETS[name]
-    with tempfile.TemporaryDirectory(prefix="vmloop-corpus-") as corpus:
-        for number, data in enumerate(known_inputs(target)):
-            (Path(corpus) / str(number)).write_bytes(data)
-        options = [
-            f"-max_total_time={seconds}",
-            f"-max_len={target.max_bytes}",
-            f"-timeout={INPUT_SECONDS}",
-            f"-rss_limit_mb={MEMORY_BYTES >> 20}",
-            f"-exact_artifact_path={found}",
-            "-print_final_stats=1",
-        ]
-        atheris.Setup([sys.argv[0], *options, corpus], target.run)
-        atheris.Fuzz()  # ends the process
+    corpus = found.with_name(
+        "corpus"
+    )  # in the runner's directory, which it removes: libFuzzer ends this process without a word
+    corpus.mkdir()
+    for number, data in enumerate(known_inputs(target)):
+        (corpus / str(number)).write_bytes(data)
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={target.max_bytes}",
+        f"-timeout={INPUT_SECONDS}",
+        f"-rss_limit_mb={MEMORY_BYTES >> 20}",
+        f"-exact_artifact_path={found}",
+        "-print_final_stats=1",
+    ]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], target.run)
+    atheris.Fuzz()  # ends the process
     return 0
 
 
