@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | check | bench   each makes its own .venv first
+# make demo | test | check | bench | fuzz   each makes its own .venv first
 # make format | clean                PYTHON=python3.12 picks another interpreter, ARGS='-k wire' goes to pytest
+# make fuzz ARGS='--seconds 10 frame doors'                  all targets for a minute each if none is named
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 STAMPED := $(shell cat $(STAMP) 2>/dev/null)
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench format clean venv bootstrap FORCE
+.PHONY: help demo test check bench fuzz format clean venv bootstrap FORCE
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -32,6 +33,12 @@ check: venv
 
 bench: venv
 	$(BIN)/python -m vmloop.tests.bench $(ARGS)
+
+# atheris leads the fuzzing where there is a wheel of it for this Python; without it hypothesis does.
+fuzz: venv
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("atheris") is None)' || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: 'atheris>=2.3' || true
+	$(BIN)/python -m vmloop.tests.fuzz $(ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -72,7 +72,7 @@ def _read(paths: Paths, name: VmName) -> _Run | None:
             return msgspec.json.decode(file.read(_MAX_BYTES), type=_Run)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         log.warning("%s cannot be read (%s): VM %s is unknown until its worker has looked", path, error, name)
         return _Run()
 

@@ -182,7 +182,7 @@ class Zygote:
         try:
             spec = msgspec.msgpack.decode(packet.spec, type=WorkerSpec)
             pid = os.fork()
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             log.error("no worker for %s: %s", packet.vm, error)
             return self._tell(connection, NotForked(packet.vm, str(error)))
         if pid == 0:

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -50,8 +50,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One event, its fields in the order of the wire. `time` is in microseconds since 1970; `vm` is empty for an event of the host."""
 
     vm: str = ""
-    epoch: int = 0
-    seq: int = 0
+    epoch: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+    seq: Annotated[int, msgspec.Meta(ge=0)] = 0
     time: int = 0
     event: str
     data: Any = None
@@ -96,10 +96,13 @@ def transient(error: BaseException) -> bool:
 def event_from(value: object) -> Event | None:
     """The event in an unpacked body; None, with a log line, if it is none."""
     try:
-        return msgspec.convert(value, Event)
-    except msgspec.ValidationError as error:
+        event = msgspec.convert(value, Event)
+        if event.vm:
+            vm_name(event.vm)
+    except (msgspec.ValidationError, RecursionError, BadRequest) as error:
         log.warning("dropped what is no event: %s", error)
         return None
+    return event
 
 
 def numbered(event: Event) -> bool:
@@ -276,8 +279,14 @@ class Stream:
 
 
 def positions_of(entries: list[VmSummary] | list[VmStats]) -> dict[str, Cursor]:
-    """How far the VMs in an answer of the broker are."""
-    return {entry.name: Cursor(entry.epoch, entry.seq) for entry in entries}
+    """How far the VMs in an answer of the broker are. An entry whose name is none is passed over, with a log line."""
+    found: dict[str, Cursor] = {}
+    for entry in entries:
+        try:
+            found[vm_name(entry.name)] = Cursor(entry.epoch, entry.seq)
+        except BadRequest as error:
+            log.warning("passed over an entry of the broker's: %s", error)
+    return found
 
 
 def checked_interest(names: tuple[str, ...], since: Cursor | str | None) -> tuple[tuple[VmName, ...], Cursor | None]:

@@ -7,6 +7,7 @@ Used for etc/vmloop.toml (settings) and vm.toml (definition). Models are frozen 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +20,13 @@ Model = TypeVar("Model", bound=msgspec.Struct)
 
 # No settings file or definition of a sane person comes near this; it keeps a hostile one from filling memory.
 MAX_CONFIG_BYTES = 1024 * 1024
+
+# The deepest key that means anything has two. tomllib takes a time that grows with the square of their number: a minute for 64 KiB of dots.
+MAX_KEY_PARTS = 32
+
+# Looks for keys where they begin: at a line's start, in a table's head, in an inline table. Never goes over a byte twice (possessive).
+_KEY_PART = rb"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
+_LONG_KEY = re.compile(rb"(?:^|[\[{,])[ \t]*+(?:%b\.[ \t]*+){%d}" % (_KEY_PART, MAX_KEY_PARTS), re.MULTILINE)
 
 # So much of an unknown key is compared and shown; over the wire it may be megabytes long.
 _SHOWN = 64
@@ -38,9 +46,11 @@ def parse_toml(text: bytes, model: type[Model], origin: str) -> Model:
     """The model in TOML text; `origin` names the text in errors."""
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{origin}: over {MAX_CONFIG_BYTES} bytes")
+    if _LONG_KEY.search(text):
+        raise ConfigError(f"{origin}: a key of more than {MAX_KEY_PARTS} parts")
     try:
         data = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, or an integer of thousands of digits
         raise ConfigError(f"{origin}: not TOML: {error}") from error
     return from_mapping(data, model, origin)
 

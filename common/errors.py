@@ -30,6 +30,7 @@ A message says what happened, to which VM, and what to do next.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, ClassVar
 
 type_of_code: dict[str, type[VmloopError]] = {}
@@ -62,14 +63,19 @@ class VmloopError(Exception):
 def error_from_wire(body: object) -> VmloopError:
     """The error that an error body stands for; an unknown code becomes `Internal` and keeps its text."""
     if not isinstance(body, dict):
-        return Internal(f"an error arrived whose body is no map: {body!r:.200}")
-    fields = {str(name): value for name, value in body.items() if name not in ("code", "message")}
-    code = str(body.get("code", "internal"))
-    message = str(body.get("message", "no message"))
+        return Internal(f"an error arrived whose body is no map: {_text(body)}")
+    fields = {_text(name): value for name, value in body.items() if name not in ("code", "message")}
+    code = _text(body.get("code", "internal"))
+    message = _text(body.get("message", "no message"))
     error_type = type_of_code.get(code)
     if error_type is None:
         return Internal(f"{message} (unknown error code {code!r})", **fields)
     return error_type(message, **fields)
+
+
+def _text(value: object) -> str:
+    """A text as it is; of anything else the beginning: its whole repr may be too deep for Python, and far too long."""
+    return value if isinstance(value, str) else reprlib.repr(value)
 
 
 class BadRequest(VmloopError, code="bad-request"):

@@ -22,10 +22,7 @@ def pack(value: object) -> bytes:
 
     Integers beyond 64 bits, which JSON from a hostile peer may hold, are packed as floats rather than failing the message.
     """
-    try:
-        packed: bytes = msgpack.packb(value)
-    except OverflowError:
-        packed = msgpack.packb(_without_huge_integers(value))
+    packed: bytes = msgpack.packb(value, default=_as_float)
     return packed
 
 
@@ -49,14 +46,11 @@ def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
     return value
 
 
-def _without_huge_integers(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_huge_integers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_huge_integers(item) for item in value]
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
-    return value
+def _as_float(value: object) -> float:
+    """Called by the packer, wherever it is in the value, for what it cannot pack."""
+    if not isinstance(value, int):
+        raise TypeError(f"can not serialize {type(value).__name__!r} object")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -75,6 +75,16 @@ class Word(IntEnum):
     NEXT_EPOCH = 40
 
 
+# What no worker ever comes to, and what the next one could not count on from. FROZEN_UNTIL: a time, neither infinite nor before the boot.
+_LIMITS: Final = {
+    Word.EPOCH: 1 << 32,
+    Word.QMP_ID: 1 << 62,
+    Word.PROGRESS: 1 << 62,
+    Word.INCARNATION: 1 << 62,
+    Word.FROZEN_UNTIL: 0x7FF << 52,
+}
+
+
 class PageDamaged(Exception):
     """The file is no status page of this layout: foreign, torn or of another version."""
 
@@ -115,6 +125,9 @@ class Page:
         elif self.words[Word.MAGIC] != MAGIC:
             self.close()
             raise PageDamaged(f"{path}: not a status page of this version")
+        elif damaged := [word.name for word, limit in _LIMITS.items() if self.words[word] >= limit]:
+            self.close()
+            raise PageDamaged(f"{path}: damaged: {', '.join(damaged)} cannot be")
 
     def close(self) -> None:
         self.words.release()

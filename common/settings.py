@@ -47,8 +47,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outbox: Count = 4096  # messages kept for a broker that is away
     max_reply: Annotated[int, msgspec.Meta(ge=1 << 16, le=1 << 30)] = 64 << 20  # bytes in one line of a monitor
     max_agent_reply: Annotated[int, msgspec.Meta(ge=1 << 12, le=1 << 28)] = 16 << 20  # bytes in one line of an agent
-    memory_limit: Annotated[int, msgspec.Meta(ge=256 << 20)] = 1 << 30  # bytes of private memory that a worker may take
-    log_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] = (
+    memory_limit: Annotated[int, msgspec.Meta(ge=256 << 20, le=1 << 50)] = (
+        1 << 30
+    )  # bytes of private memory that a worker may take
+    log_bytes: Annotated[int, msgspec.Meta(ge=1 << 16, le=1 << 40)] = (
         4 << 20
     )  # qemu.log and worker.log are turned over at this size
 

@@ -104,7 +104,7 @@ def receive_packet(connection: socket.socket) -> tuple[Packet | None, list[int]]
         raise BadRequest("a packet on the zygote's socket is too large")
     try:
         return _decoder.decode(data), list(fds)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         _close(fds)
         raise BadRequest(f"a packet on the zygote's socket makes no sense: {error}") from error
 

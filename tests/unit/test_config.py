@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmloop.common.config import MAX_CONFIG_BYTES, from_mapping, parse_toml, read_toml
+from vmloop.common.config import MAX_CONFIG_BYTES, MAX_KEY_PARTS, from_mapping, parse_toml, read_toml
+from vmloop.common.definition import definition_from_toml
 from vmloop.common.errors import ConfigError
 
 
@@ -123,3 +124,22 @@ def test_a_huge_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"#" * (MAX_CONFIG_BYTES + 1))
     with pytest.raises(ConfigError, match="over"):
         read_toml(path, Outer)
+
+
+@pytest.mark.parametrize(
+    "key", [b"a." * 400_000 + b"a = 1", b"[" + b"a . " * 200_000 + b"a]", b"x = {" + b'"a".' * 200_000 + b"a = 1}"]
+)
+def test_a_key_of_thousands_of_parts_is_refused_before_it_takes_minutes_to_read(key: bytes) -> None:
+    with pytest.raises(ConfigError, match=f"more than {MAX_KEY_PARTS} parts"):
+        definition_from_toml(b'name = "web1"\n' + key, "here")
+
+
+def test_a_text_with_many_dots_is_no_key() -> None:
+    text = "a." * 1000
+    definition = definition_from_toml(f'name = "web1"\n[qemu]\nargs = ["{text}"]\n'.encode(), "here")
+    assert definition.qemu.args == [text]
+
+
+def test_a_number_of_thousands_of_digits_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="not TOML"):
+        definition_from_toml(b"name = " + b"9" * 5000, "here")

@@ -33,7 +33,7 @@ LONG_STEP: Final = 0.05
 _NAME_BYTES: Final = 40
 
 # The event's name is QEMU's, and may be anything.
-_TASK = re.compile(r"(handler|shipped|thread|hook) ([!-~]+)(?: on (.*?)(?: ([0-9]+))?)?", re.DOTALL)
+_TASK = re.compile(r"(handler|shipped|thread|hook) ([!-~]+)(?: on (.*?)(?: ([0-9]{1,20}))?)?", re.DOTALL)
 _UNPRINTABLE = re.compile(r"[^!-~]")
 _LOADING: Final = "loading handlers/"
 
