@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..common.errors import NoSuchVm, NotRunning, OutcomeUnknown, VmloopError
-from ..common.names import VmName, host_topic
+from ..common.names import VmName, host_topic, vm_service
 from ..common.pack import pack
 from ..common.process import Identity
 from ..common.settings import Settings
@@ -116,7 +116,7 @@ class Crew:
             return
         asking = Message(
             kind=Kind.REQUEST,
-            service=vm.service.decode(),
+            service=vm_service(vm.name),
             op=entry.op,
             id=entry.number,
             flags=FLAG_REPEATED | FLAG_ASKING,

@@ -81,6 +81,8 @@ _LIMITS: Final = {
     Word.QMP_ID: 1 << 62,
     Word.PROGRESS: 1 << 62,
     Word.INCARNATION: 1 << 62,
+    Word.NEXT_EPOCH: 1 << 32,
+    Word.TOLD: 1 << 62,
     Word.FROZEN_UNTIL: 0x7FF << 52,
 }
 

@@ -26,7 +26,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -81,6 +81,15 @@ class Event(msgspec.Struct, frozen=True):
             "data": self.data,
             "origin": self.origin,
         }
+
+
+class EventPage(NamedTuple):
+    """Some events of the journal, their bytes, and where to go on if there are more."""
+
+    events: list[Event]
+    size: int
+    last: Cursor
+    more: bool
 
 
 class LineChange:
@@ -236,20 +245,17 @@ class EventLog:
 
     def since(self, cursor: Cursor) -> Iterator[Event]:
         """What is kept of the events after a cursor, oldest first."""
-        while True:
-            page = self._store.read(cursor, PAGE_EVENTS, PAGE_BYTES)
-            for body in page.bodies:
-                event = _event_from(body)
-                if event is not None:
-                    yield event
-            cursor = page.last
-            if not page.more:
-                return
+        more = True
+        while more:
+            page = self.read(cursor, PAGE_EVENTS, PAGE_BYTES)
+            yield from page.events
+            cursor, more = page.last, page.more
 
-    def read(self, cursor: Cursor, count: int, size: int) -> tuple[list[bytes], bool]:
-        """The packed events after a cursor, oldest first, at most so many and about so many bytes, and whether there are more."""
+    def read(self, cursor: Cursor, count: int, size: int) -> EventPage:
+        """The events after a cursor, oldest first, at most so many and about so many bytes."""
         page = self._store.read(cursor, count, size)
-        return page.bodies, page.more
+        events = [event for body in page.bodies if (event := _event_from(body)) is not None]
+        return EventPage(events, sum(map(len, page.bodies)), page.last, page.more)
 
     def retry(self) -> None:
         """Try again to write down what the disk has not taken."""

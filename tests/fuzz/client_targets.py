@@ -13,7 +13,7 @@ from vmloop.client.calls import Calls, new_call
 from vmloop.client.cli.monitor import parse_arguments
 from vmloop.client.guest_answers import fitting, from_base64
 from vmloop.client.results import BrokerVersion, VmStats, VmSummary, typed
-from vmloop.client.stream import EVENTS_LOST, Event, Fetch, Stream, positions_of
+from vmloop.client.stream import EVENTS_LOST, Event, Fetch, Page, Stream, page_of, positions_of
 from vmloop.common.cursor import Cursor
 from vmloop.common.errors import AgentError, BadRequest, Internal, VmloopError
 from vmloop.common.names import VmName, vm_name
@@ -88,7 +88,7 @@ def _tell(subject: Stream, what: int, content: bytes) -> None:
     except BadRequest:
         return
     if what == FETCHED:
-        subject.fetched(value if isinstance(value, list) else [value])
+        subject.fetched(Page(value, more=False) if isinstance(value, list) else page_of([value], value))
     elif what == FAILED:
         subject.fetch_failed(BadRequest("no"))
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from . import broker_targets, client_targets, file_targets, wire_targets, worker_targets
+from . import broker_targets, client_targets, file_targets, journal_targets, wire_targets, worker_targets
 
 
 class Target(NamedTuple):
@@ -39,6 +39,19 @@ _ROWS: Final = (
         "quarantine", file_targets.quarantine_file, file_targets.quarantine_files, ("worker/handlers/quarantine.py",)
     ),
     Target("page", file_targets.page, file_targets.pages, ("common/page.py", "worker/qmp/ledger.py"), 4096),
+    Target(
+        "journal",
+        journal_targets.journal,
+        journal_targets.segments,
+        (
+            "worker/journal/frames.py",
+            "worker/journal/record.py",
+            "worker/journal/segments.py",
+            "worker/journal/journal.py",
+            "worker/journal/store.py",
+        ),
+    ),
+    Target("answers-file", journal_targets.answers, journal_targets.answer_files, ("worker/answers.py",)),
     Target("doors", broker_targets.doors, broker_targets.messages, ("broker/core.py", "broker/host.py")),
     Target("answers", client_targets.answers, client_targets.answer_scripts, ("client/calls.py",)),
     Target("stream", client_targets.stream, client_targets.stream_scripts, ("client/stream.py",)),
@@ -55,7 +68,13 @@ _ROWS: Final = (
         "said-by-qemu",
         worker_targets.said_by_qemu,
         worker_targets.json_values,
-        ("worker/qmp/commands.py", "worker/events.py", "worker/handlers/fields.py", "worker/transitions.py"),
+        (
+            "worker/qmp/commands.py",
+            "worker/events.py",
+            "worker/changes.py",
+            "worker/handlers/fields.py",
+            "worker/transitions.py",
+        ),
     ),
     Target(
         "agent", worker_targets.agent, worker_targets.agent_scripts, ("worker/agent/lines.py", "worker/agent/sync.py")

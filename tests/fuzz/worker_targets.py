@@ -17,10 +17,12 @@ from vmloop.common.page import Page
 from vmloop.common.wire import decode
 from vmloop.worker.agent.lines import Lines
 from vmloop.worker.agent.sync import Conversation, NotAReply, Whose, agent_error, read_reply
+from vmloop.worker.changes import Known, difference, jobs_of, note
 from vmloop.worker.events import MAX_EVENT_BYTES, EventLog
 from vmloop.worker.handlers.fields import flag, items, mapping, number, plain, text
 from vmloop.worker.handlers.naming import parse_task
 from vmloop.worker.handlers.report import clean, newest
+from vmloop.worker.journal.store import EventStore
 from vmloop.worker.qemu.simulated_json import Input, JsonStream, to_line
 from vmloop.worker.qmp.commands import microseconds, qmp_error, read_greeting
 from vmloop.worker.transitions import of_event, of_status
@@ -128,13 +130,19 @@ def said_by_qemu(data: bytes) -> None:
     pack(plain(value))
     with directory() as root, Page(root / "page", writable=True) as page:
         sent: list[bytes] = []
-        log = EventLog(VmName("web1"), page, sent.append, keep=2)
+        store = EventStore(root / "journal")
+        log = EventLog(VmName("web1"), page, sent.append, store)
         made = log.emit("X" * (len(data) % 200 + 1), value if isinstance(value, dict) else {"a": value}, "qmp", 1)
         message = decode(sent[0])
         assert len(message.body) <= MAX_EVENT_BYTES
         assert unpack_map(message.body)["seq"] == made.seq == 1
         for state in _STATES:
             of_event(state, "WATCHDOG", made.data, "")
+        store.close()
+    known = Known(jobs=jobs_of(value))
+    for name in ("JOB_STATUS_CHANGE", "VSERPORT_CHANGE", "VM_STATE"):
+        note(known, msgspec.structs.replace(made, event=name), "port")
+    pack(difference(known, Known()))
 
 
 def json_values() -> list[bytes]:

@@ -11,7 +11,6 @@ import msgspec
 
 from ...common.cursor import Cursor, parse_cursor
 from ...common.errors import VmloopError
-from ...common.pack import unpack_map
 from ..qmp.commands import Done
 from .request import Request
 
@@ -79,14 +78,12 @@ async def events(app: App, request: Request, arguments: EventsArguments) -> dict
     count = size = 0
     more = True
     while more and count < limit and size < MAX_PARTS_BYTES:
-        bodies, more = app.vm.events.read(reached, min(CHUNK, limit - count), CHUNK_BYTES)
-        for body in bodies:
-            event = unpack_map(body)
-            reached = Cursor(event["epoch"], event["seq"])
-            size += len(body)
-            if arguments.names is None or event["event"] in arguments.names:
-                request.partial(event)
+        page = app.vm.events.read(reached, min(CHUNK, limit - count), CHUNK_BYTES)
+        for event in page.events:
+            if arguments.names is None or event.event in arguments.names:
+                request.partial(event.to_wire())
                 count += 1
+        reached, more, size = page.last, page.more, size + page.size
         await asyncio.sleep(0)
     return {"count": count, "cursor": str(app.vm.events.cursor), "reached": str(reached), "more": more}
 
@@ -99,9 +96,8 @@ async def _before_last(app: App, count: int) -> Cursor:
     places: deque[Cursor] = deque([Cursor(epoch - 1, 0)], maxlen=count + 1)
     more = True
     while more:
-        bodies, more = app.vm.events.read(places[-1], CHUNK, CHUNK_BYTES)
-        for body in bodies:
-            event = unpack_map(body)
-            places.append(Cursor(event["epoch"], event["seq"]))
+        page = app.vm.events.read(places[-1], CHUNK, CHUNK_BYTES)
+        places.extend(event.cursor for event in page.events)
+        more = page.more
         await asyncio.sleep(0)
     return places[0]
