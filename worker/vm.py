@@ -107,7 +107,9 @@ class Vm:
         self._reconnecting: asyncio.Task[None] | None = None
         self._waiters = Waiters(loop)
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
-        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
+        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] >= self.run.epoch:
+            # A later epoch on the page is one that a full disk did not take into run.json.
+            self.run = msgspec.structs.replace(self.run, epoch=page.words[Word.EPOCH])
             first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
         elif self.run is not None and self.run.ended is None:
             first = Move(VmState.UNKNOWN, "not looked at yet")
@@ -184,9 +186,8 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        epoch = max(run.epoch, self._page.words[Word.EPOCH]) + 1  # of the page: one that run.json did not take
-        self.save_soon(msgspec.structs.replace(run, epoch=epoch))
-        self.events.begin_epoch(epoch)
+        self.save_soon(msgspec.structs.replace(run, epoch=run.epoch + 1))
+        self.events.begin_epoch(run.epoch + 1)
 
     def _settled_before(self, run: Run, move: Move) -> None:
         """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
@@ -446,5 +447,4 @@ class Vm:
             self._reconnecting.cancel()
 
     def close(self) -> None:
-        """The worker ends: nothing is tried again."""
         self._file.close()

@@ -233,7 +233,8 @@ def no_fds(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_worker_without_free_fds_serves_its_monitor_and_recovers(site: Site, host: Host) -> None:
@@ -264,24 +265,27 @@ def test_a_zygote_without_free_fds_says_no_and_recovers(site: Site, host: Host) 
     host.vm("late").start()
 
 
-def test_a_broker_without_free_fds_lives_and_recovers_with_the_same_zygote(site: Site, host: Host) -> None:
-    """The pidfd of a new worker does not arrive then (MSG_CTRUNC): that is no broken zygote, and the worker is no stranger."""
-    started(site, host)
-    broker, zygote = host.version().pid, zygote_of(site)
-    worker = host.vm("odd").show().worker_pid
-    assert worker is not None
-    site.define(host, "late")
-    assert wait_for(lambda: next(vm for vm in host.list() if vm.name == "late").worker == "absent", 30.0)
-    other = site.host(timeout=3.0)
-    other.ping()
+def test_a_broker_without_free_fds_serves_whom_it_knows(site: Site, host: Host) -> None:
+    pid = started(site, host)
+    broker = host.version().pid
     with no_fds(broker):
-        with pytest.raises(VmloopError):
-            other.vm("late").start()
-        assert host.vm("odd").qmp("query-status")["status"] == "running"
-    assert wait_for(lambda: next(vm for vm in host.list() if vm.name == "late").worker != "starting", SECONDS)
-    assert (host.version().pid, zygote_of(site)) == (broker, zygote)
+        for _ in range(20):
+            assert host.vm("odd").qmp("query-status")["status"] == "running"
+        assert host.version().pid == broker
     replaced(host)
-    with suppress(VmloopError):  # it may have started after all
-        host.vm("late").start()
-    replaced(host, "late")
-    assert "the zygote is gone" not in site.log()
+    assert host.vm("odd").show().pid == pid
+
+
+def test_a_broker_that_cannot_take_a_connection_ends_and_the_next_one_finds_all_vms(site: Site, host: Host) -> None:
+    """libzmq aborts the process there (ipc_listener.cpp): nothing of ours can prevent it, and nothing is lost by it."""
+    pid = started(site, host)
+    broker = host.version().pid
+    with no_fds(broker):
+        with suppress(VmloopError):
+            site.host(timeout=1.0).ping()
+        assert site.broker is not None
+        site.broker.wait(SECONDS)
+    site.start_broker()
+    again = site.host()
+    assert again.vm("odd").qmp("query-status", timeout=SECONDS)["status"] == "running"
+    assert again.vm("odd").show().pid == pid
