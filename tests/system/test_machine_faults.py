@@ -289,3 +289,58 @@ def test_a_broker_that_cannot_take_a_connection_ends_and_the_next_one_finds_all_
     again = site.host()
     assert again.vm("odd").qmp("query-status", timeout=SECONDS)["status"] == "running"
     assert again.vm("odd").show().pid == pid
+
+
+# -- processes ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_processes(pid: int) -> Iterator[None]:
+    """The process can fork no more: a control group of its own, which is full."""
+    group = Path(f"/sys/fs/cgroup/pids/vmloop-test-{os.getpid()}")
+    before = Path(f"/proc/{pid}/cgroup").read_text()
+    old = next((line.split(":", 2)[2] for line in before.splitlines() if ":pids:" in line), None)
+    try:
+        if old is None:
+            raise OSError(errno.ENOENT, "there is no pids controller of version 1")
+        group.mkdir()
+    except OSError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{group}: {error}")
+        pytest.skip(f"{group}: {error}")
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        yield
+    finally:
+        (group / "pids.max").write_text("max")
+        for member in (group / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                Path(f"/sys/fs/cgroup/pids{old}/cgroup.procs").write_text(member)
+        assert wait_for(lambda: _removed(group), SECONDS)
+
+
+def _removed(group: Path) -> bool:
+    with suppress(OSError):  # a process that is ending is still in it
+        group.rmdir()
+    return not group.exists()
+
+
+def test_without_a_process_for_a_worker_requests_are_told_why_and_it_recovers(site: Site, host: Host) -> None:
+    pid = started(site, host)
+    site.define(host, "late")
+    assert wait_for(lambda: next(vm for vm in host.list() if vm.name == "late").worker == "absent", 30.0)
+    worker, zygote, broker = host.vm("odd").show().worker_pid, zygote_of(site), host.version().pid
+    assert worker is not None
+    other = site.host(timeout=1.0)
+    with no_processes(zygote):
+        kill_process(worker)
+        for ask in (lambda: other.vm("odd").qmp("query-status"), lambda: other.vm("late").start()):
+            with pytest.raises(VmloopError, match="Resource temporarily unavailable"):
+                ask()
+        forks = site.log().count("no worker can be made")
+        assert 0 < forks < 60, "it backs off"
+        assert host.vm("odd").show().state == "running"  # of which nobody says that it is gone
+    assert host.vm("odd").qmp("query-status", timeout=SECONDS)["status"] == "running"
+    assert (host.vm("odd").show().pid, zygote_of(site), host.version().pid) == (pid, zygote, broker)
+    host.vm("late").start()
