@@ -381,7 +381,9 @@ class Core:
                 f"VM {vm.name}: its worker has not answered '{entry.op}' in time; what was begun may still take effect"
             )
             return DeadlineExceeded(text)
-        return DeadlineExceeded(f"VM {vm.name}: no worker for it came up in time (it is {vm.worker.state.value})")
+        return DeadlineExceeded(
+            f"VM {vm.name}: no worker for it came up in time (it is {vm.worker.state.value}: {vm.worker.reason})"
+        )
 
     # -- end ----------------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from ..common.names import VmName
 from ..common.paths import Paths
 from ..common.process import ProcessGone, identify
 from ..common.settings import Settings
-from ..common.zygote_wire import Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
+from ..common.zygote_wire import FdsLost, Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,9 @@ class Spawner:
         try:
             packet, fds = receive_packet(zygote)
         except BlockingIOError:
+            return
+        except FdsLost as error:  # a worker was made; it presents itself all the same, and is watched then
+            log.error("zygote: %s", error)
             return
         except (OSError, BadRequest) as error:
             log.error("zygote: %s", error)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import sys
@@ -27,6 +28,9 @@ def _install(handler: logging.Handler, level: str) -> None:
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
-        old.close()
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: what a forked process has inherited unwritten is its parent's to tell
+            old.close()
     root.addHandler(handler)
     root.setLevel(level.upper())

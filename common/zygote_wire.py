@@ -22,6 +22,10 @@ MAX_PACKET_BYTES: Final = 256 * 1024  # a Fork carries the settings; still far b
 MAX_FDS: Final = 4
 
 
+class FdsLost(BadRequest):
+    """A packet came whole, but not the fds beside it. The connection is as good as before."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """What the broker tells a worker at its birth."""
 
@@ -93,7 +97,8 @@ def send_packet(connection: socket.socket, packet: Packet, fds: list[int] | None
 def receive_packet(connection: socket.socket) -> tuple[Packet | None, list[int]]:
     """One packet and the fds beside it, which are the caller's to close; (None, []) at the end of the connection.
 
-    Raises `BadRequest` for a packet that cannot be read (its fds are closed), OSError for the socket's own errors.
+    Raises `BadRequest` for a packet that cannot be read (its fds are closed), `FdsLost` where only these are missing, OSError for the
+    socket's own errors.
     """
     data, fds, flags, _ = socket.recv_fds(connection, MAX_PACKET_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     if not data:
@@ -101,6 +106,8 @@ def receive_packet(connection: socket.socket) -> tuple[Packet | None, list[int]]
         return None, []
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         _close(fds)
+        if not flags & socket.MSG_TRUNC:  # the kernel had no fd of ours to put it into, and dropped it
+            raise FdsLost("no fd is free for what came beside a packet on the zygote's socket")
         raise BadRequest("a packet on the zygote's socket is too large")
     try:
         return _decoder.decode(data), list(fds)

@@ -110,7 +110,9 @@ class Vm:
         for event in events.unsettled:
             self._put_on_page(event)
         self._since = page.words[Word.SINCE]
-        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] == self.run.epoch:
+        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] >= self.run.epoch:
+            # A later epoch on the page is one that a full disk did not take into run.json.
+            self.run = msgspec.structs.replace(self.run, epoch=page.words[Word.EPOCH])
             first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
         elif self.run is not None and self.run.ended is None:
             first = Move(VmState.UNKNOWN, "not looked at yet")
@@ -479,5 +481,4 @@ class Vm:
         self.reconnection.cancel()
 
     def close(self) -> None:
-        """The worker ends: nothing is tried again."""
         self._file.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import click
 
@@ -26,8 +27,18 @@ def events(invocation: Invocation, names: tuple[str, ...], since: str | None, fo
     output = invocation.output()
     with invocation.host() as host, host.events(*names, since=since, follow=follow, recent=since is None) as stream:
         # Of several VMs the past comes one VM after the other; only where it ends can it be put in order.
-        for event in stream if follow else sorted(stream, key=lambda event: event.time):
+        for event in stream if follow else merged(stream):
             _print(output, event)
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Events of several VMs by their time, those of each VM in their own order: its clock may have been set back meanwhile."""
+    latest: dict[str, int] = {}
+    placed: list[tuple[int, Event]] = []
+    for event in events:
+        latest[event.vm] = max(event.time, latest.get(event.vm, 0))
+        placed.append((latest[event.vm], event))
+    return [event for _, event in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _check_since(names: tuple[str, ...], since: str | None) -> None:

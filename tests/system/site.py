@@ -116,12 +116,7 @@ class Site:
     def close(self) -> None:
         """End everything, and check that nothing of it is left: processes, sockets, files of runs."""
         try:
-            self._end_broker()
-            for child in self._started:
-                child.terminate()
-                child.wait(END_SECONDS)
-            left = wait_for(lambda: not (found := self.processes()) or found, END_SECONDS)
-            assert left is True, f"left running: {left}"
+            self.close_processes()
             sockets = [str(path) for path in self.paths.run.glob("vms/*/*.sock")]
             assert not sockets, f"left over: {sockets}"
         finally:
@@ -135,6 +130,15 @@ class Site:
                     os.kill(pid, signal.SIGKILL)
             self._log.close()
             shutil.rmtree(self.root)
+
+    def close_processes(self) -> None:
+        """End everything that runs, and check that nothing does; a second call does nothing."""
+        self._end_broker()
+        for child in self._started:
+            child.terminate()
+            child.wait(END_SECONDS)
+        left = wait_for(lambda: not (found := self.processes()) or found, END_SECONDS)
+        assert left is True, f"left running: {left}"
 
     def _end_broker(self) -> None:
         if self.broker is None:
@@ -151,6 +155,7 @@ class Site:
         except NoBroker as error:
             raise AssertionError(f"the broker does not come up any more: {self.log()}") from error
         self.broker.wait(END_SECONDS)
+        self.broker = None
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

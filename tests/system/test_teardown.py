@@ -97,7 +97,7 @@ def test_a_qemu_that_dies_while_it_is_asked_to_stop_is_stopped(site: Site, host:
     other = site.host()
     with host.events("odd") as events:
         stopping = Aside(lambda: other.vm("odd").stop(timeout=SECONDS))
-        # The button was pressed before its death: nothing tells, but a second command's turn comes only after it.
+        # Before the button is pressed, while it is, or after: each is good.
         host.vm("odd").pause()
         kill_process(qemu)
         while events.wait_for("VM_STATE", SECONDS).data["new"] != "shutoff":

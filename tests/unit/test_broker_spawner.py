@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -300,6 +301,28 @@ def test_a_zygote_that_talks_nonsense_is_connected_to_anew_and_keeps_what_it_has
         with zygote.accept() as second:
             notes.spawner.fork(WEB1)
             assert isinstance(receive_packet(second)[0], Fork)
+            assert notes.told == []
+            notes.spawner.close()
+
+
+def test_a_worker_whose_pidfd_did_not_arrive_costs_no_zygote(notes: Notes) -> None:
+    """Without a free fd the kernel delivers the packet and drops the fd (MSG_CTRUNC)."""
+    zygote = FakeZygote(notes.root)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with zygote.listener:
+        notes.spawner.start()
+        with zygote.accept() as connection:
+            send_packet(connection, Forked("web1", 4711), [connection.fileno()])
+            assert readable(notes.spawner.fileno())
+            with open(os.devnull) as next_free:
+                lowest = next_free.fileno()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+            try:
+                notes.spawner.turn()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            notes.spawner.fork(WEB1)
+            assert isinstance(receive_packet(connection)[0], Fork)
             assert notes.told == []
             notes.spawner.close()
 

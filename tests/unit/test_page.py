@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,3 +220,50 @@ def test_a_float_fits_a_word(value: float) -> None:
     word = float_to_word(value)
     assert 0 <= word <= ALL_ONES
     assert word_to_float(word) == value
+
+
+# -- no room ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs without a free block."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail(mounted.stderr.decode())
+        pytest.skip(f"nothing can be mounted here: {mounted.stderr.decode()}")
+    try:
+        (place / "filler").write_bytes(b"x" * 4096)
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_page_that_has_no_room_is_an_error_that_names_it_and_not_a_sigbus_later(full: Path) -> None:
+    path = full / "page"
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        Page(path, writable=True)
+    assert caught.value.filename == str(path)
+    assert not path.exists()
+
+
+def test_a_page_that_was_made_has_all_its_blocks(full: Path) -> None:
+    path = full / "page"
+    (full / "filler").unlink()
+    with Page(path, writable=True) as page:
+        for index in range(PAGE_BYTES // 8):
+            page.words[index] = index
+    assert path.stat().st_blocks * 512 >= PAGE_BYTES
+
+
+def test_a_page_in_memory_is_a_page_that_nobody_else_sees(tmp_path: Path) -> None:
+    with Page(None, writable=True) as page:
+        page.put_state(2, "here")
+        assert page.state_reason() == "here"
+        assert page.words[Word.MAGIC] == MAGIC
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from vmloop.worker.runfile import (
     MAX_BYTES,
     Run,
     RunEnd,
+    RunFile,
     boot_id,
     clear_run_directory,
     read_run,
@@ -127,3 +129,82 @@ def test_a_directory_is_removed_with_its_files_but_not_with_another_directory(tm
     remove_directory(directory)
     assert not directory.exists()
     remove_directory(directory)
+
+
+# -- written again ----------------------------------------------------------------------------------------------------------
+
+
+def hinder(path: Path) -> Path:
+    """A directory where the new file would be made: no write succeeds while it is there, for root neither."""
+    hindrance = path.with_name(f".{path.name}.{os.getpid()}.new")
+    hindrance.mkdir()
+    return hindrance
+
+
+def test_what_the_disk_did_not_take_is_written_again_and_the_newest_wins(path: Path) -> None:
+    async def main() -> None:
+        told: list[str | None] = []
+        again = asyncio.Event()
+
+        def tell(trouble: str | None) -> None:
+            told.append(trouble)
+            if trouble is None:
+                again.set()
+
+        file = RunFile(asyncio.get_running_loop(), path, tell)
+        hindrance = hinder(path)
+        file.write_or_retry(Run(epoch=1))
+        file.write_or_retry(Run(epoch=2))
+        assert read_run(path) is None
+        hindrance.rmdir()
+        async with asyncio.timeout(5.0):
+            await again.wait()
+        assert read_run(path) == Run(epoch=2)
+        assert told[-1] is None
+        assert all(trouble is not None and str(path) in trouble for trouble in told[:-1])
+        file.close()
+
+    asyncio.run(main())
+
+
+def test_a_write_that_succeeds_in_the_meantime_is_not_overwritten_by_an_older_one(path: Path) -> None:
+    async def main() -> None:
+        file = RunFile(asyncio.get_running_loop(), path, lambda trouble: None)
+        hindrance = hinder(path)
+        file.write_or_retry(Run(epoch=1))
+        hindrance.rmdir()
+        file.write(Run(epoch=3))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert read_run(path) == Run(epoch=3)
+        file.close()
+
+    asyncio.run(main())
+
+
+def test_a_write_that_cannot_wait_raises_and_leaves_the_old_file(path: Path) -> None:
+    async def main() -> None:
+        file = RunFile(asyncio.get_running_loop(), path, lambda trouble: None)
+        file.write(Run(epoch=1))
+        hindrance = hinder(path)
+        with pytest.raises(OSError, match=r"run\.json"):
+            file.write(Run(epoch=2))
+        hindrance.rmdir()
+        assert read_run(path) == Run(epoch=1)
+
+    asyncio.run(main())
+
+
+def test_after_close_nothing_is_tried_again(path: Path) -> None:
+    async def main() -> None:
+        file = RunFile(asyncio.get_running_loop(), path, lambda trouble: None)
+        hindrance = hinder(path)
+        file.write_or_retry(Run(epoch=1))
+        file.close()
+        hindrance.rmdir()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1
+        assert read_run(path) is None
+
+    asyncio.run(main())
