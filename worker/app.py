@@ -37,6 +37,7 @@ from ..common.paths import Paths, VmPaths
 from ..common.settings import Settings
 from ..common.sockets import ipc
 from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode
+from .agent.ledger import AgentOwed
 from .answers import Answers
 from .beginnings import resume
 from .events import EventLog
@@ -50,6 +51,7 @@ from .qmp.commands import Done
 from .qmp.ledger import Owed
 from .stack import StackFile
 from .status import status_of
+from .verbs.agent import AgentArguments
 from .verbs.monitor import HmpArguments, QmpArguments
 from .verbs.request import Lane, Request, Verb, parse_arguments
 from .verbs.table import VERBS
@@ -111,22 +113,26 @@ class App:
             self._keeper,
             self._status_soon,
             self._inherit,
+            self._inherit_agent,
         )
         self.handling = Handling(self.vm, page, paths.etc, self._make_way)
         self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
 
-    async def run(self, kept: socket.socket | None) -> None:
-        """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
+    async def run(self, kept: socket.socket | None, agent: socket.socket | None = None) -> None:
+        """Serve until there is nothing left to do. `kept`, `agent`: the monitor's and the guest agent's connection from an earlier
+        worker of this run."""
         self.loop.page_selector.on_blocked = self._on_blocked
         if self.vm.alive:
             self._tell_of_predecessor()
         self._page.words[Word.LEFT] = 0
         if self.vm.alive:
-            resume(self.vm, self.handling, kept, self._predecessor)
-        elif kept is not None:
-            kept.close()
+            resume(self.vm, self.handling, kept, agent, self._predecessor)
+        else:
+            for connection in (kept, agent):
+                if connection is not None:
+                    connection.close()
         await self._until_over()
         await self._answer_last()
         if self.vm.alive:
@@ -227,7 +233,7 @@ class App:
             return
         if request.key and not self._first_of_its_key(request):
             return
-        if verb.direct is not None:
+        if verb.direct is not None and not (isinstance(arguments, AgentArguments) and arguments.hold):
             self._run_direct(verb, request, arguments)
         else:
             self._spawn(self._run_verb(verb, request, arguments))
@@ -300,12 +306,15 @@ class App:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _inherit(self, owed: Owed) -> Done | None:
-        """A command that an earlier worker sent and QEMU still owes: its answer goes to whoever asked."""
+    def _inherit_agent(self, owed: AgentOwed) -> Done | None:
+        return self._inherit(owed, "agent")
+
+    def _inherit(self, owed: Owed | AgentOwed, op: str = "qmp") -> Done | None:
+        """A command that an earlier worker sent and QEMU, or the guest agent, still owes: its answer goes to whoever asked."""
         if not owed.request:
             return None
         self._inherited.append(owed.request)
-        request = Request(owed.request, "qmp", owed.deadline, self.loop.time(), owed.reading, owed.key, _no_parts)
+        request = Request(owed.request, op, owed.deadline, self.loop.time(), owed.reading, owed.key, _no_parts)
         if owed.key:
             self._answers.begin(owed.key, owed.request)
         return lambda value, error: self._finish(request, value, error)
@@ -404,8 +413,8 @@ class App:
 
 
 def _beside_others(request: Request, arguments: Any) -> bool:
-    """Whether a monitor command may run beside mutating ones: it only reads, or it goes out of band."""
-    if request.reading:
+    """Whether a command may run beside mutating ones: it only reads, goes out of band, or is the agent's, which has a line of its own."""
+    if request.reading or isinstance(arguments, AgentArguments):
         return True
     if isinstance(arguments, HmpArguments):
         return False

@@ -97,7 +97,9 @@ def boot_id() -> str:
 
 def clear_run_directory(directory: Path) -> None:
     """Remove what a run leaves in its run directory, but not the lock and the page, which belong to the worker."""
-    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "handlers.json", "pending.json"):
+    sockets = ("monitor.sock", "agent.sock")
+    carries = ("carry.0", "carry.1", "agent-carry.0", "agent-carry.1")
+    for name in (*sockets, *carries, "handlers.json", "pending.json"):
         (directory / name).unlink(missing_ok=True)
 
 

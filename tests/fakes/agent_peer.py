@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -21,6 +22,7 @@ from vmloop.common.definition import AgentSection
 from vmloop.common.errors import VmloopError
 from vmloop.common.names import VmName
 from vmloop.common.page import Page
+from vmloop.common.paths import VmPaths
 from vmloop.common.settings import WorkerSettings
 from vmloop.worker.agent.agent import GuestAgent
 from vmloop.worker.events import Event, EventLog
@@ -145,19 +147,37 @@ class Outcome:
         return self.error.code if self.error is not None else ""
 
 
+class Keeper:
+    """Keeps a duplicate of the connection, as the zygote does."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, socket.socket] = {}
+
+    def keep(self, slot: str, fd: int) -> None:
+        self.release(slot)
+        self.kept[slot] = socket.socket(fileno=os.dup(fd))
+
+    def release(self, slot: str) -> None:
+        old = self.kept.pop(slot, None)
+        if old is not None:
+            old.close()
+
+
 class Bench:
     """A GuestAgent, its peer, and what it said."""
 
     def __init__(self, directory: Path, section: AgentSection, settings: WorkerSettings) -> None:
         self.loop = asyncio.get_running_loop()
         self.path = directory / "agent.sock"
+        paths = VmPaths(directory, directory)
         self.page = Page(directory / "page", writable=True)
         self.events: list[Event] = []
         self.log = EventLog(VmName("vm1"), self.page, lambda _: None, 1000)
         self.log.listen(self.events.append)
         self.section = section
         self.peer = AgentPeer(self.path)
-        self.agent = GuestAgent(self.loop, "vm1", self.log, self.page, settings, lambda: None)
+        self.keeper = Keeper()
+        self.agent = GuestAgent(self.loop, "vm1", self.log, self.page, paths, settings, self.keeper, lambda: None)
 
     def begin(self) -> None:
         self.agent.begin(str(self.path), self.section, PORT)
@@ -208,6 +228,7 @@ def on_bench(
             await work(bench)
         finally:
             bench.agent.close("the test is over")
+            bench.keeper.release("agent")
             bench.peer.close()
             await asyncio.sleep(0)
             bench.page.close()

@@ -13,6 +13,7 @@ import msgspec
 
 from ...common.errors import BadRequest, DeadlineExceeded, VmloopError
 from ..agent.freeze import FREEZES
+from ..qmp.commands import Done
 from .request import Request
 
 if TYPE_CHECKING:
@@ -42,40 +43,19 @@ class AgentArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
 
 
-async def agent(app: App, request: Request, arguments: AgentArguments) -> Any:
-    """One command for the guest agent, its `return` as the result; with `hold`: `{thawed: why}` once the guest is thawed."""
-    if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
-        raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
-    if arguments.hold:
-        return await _hold(app, request, arguments)
-    return await _submit(app, request, arguments)
+def agent(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    """One command for the guest agent, its `return` as the result. Answered on the loop, so that the page keeps it until it is."""
+    try:
+        _check(arguments)
+    except BadRequest as error:
+        done(None, error)
+    else:
+        _submit(app, request, arguments, done)
 
 
-async def _submit(app: App, request: Request, arguments: AgentArguments) -> Any:
-    answered: asyncio.Future[Any] = app.loop.create_future()
-
-    def done(value: Any, error: VmloopError | None) -> None:
-        if answered.done():  # the verb was cancelled
-            return
-        if error is None:
-            answered.set_result(value)
-        else:
-            answered.set_exception(error)
-
-    name = arguments.command
-    app.vm.agent.submit(
-        name,
-        arguments.arguments,
-        done=done,
-        deadline=request.deadline,
-        request=request.number,
-        reading=request.reading or name in _READING or name.startswith("guest-get-"),
-        freeze_limit=arguments.limit,
-    )
-    return await answered
-
-
-async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
+async def hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
+    """A freeze for as long as whoever asked stays: `{thawed: why}` once the guest is thawed."""
+    _check(arguments)
     guard = app.vm.agent.guard
     thawed: asyncio.Future[str] = app.loop.create_future()
     gone = asyncio.Event()
@@ -92,7 +72,7 @@ async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[s
     frozen = False
     ends = [guard.on_thawed(on_thawed), app.on_cancel(request.number, on_gone)]
     try:
-        count = await _submit(app, request, arguments)
+        count = await _freeze(app, request, arguments)
         if count == 0:
             return {"thawed": "there was nothing to freeze"}
         frozen = True
@@ -105,6 +85,41 @@ async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[s
             end()
         if frozen and not thawed.done():  # the request ends before its freeze
             guard.thaw("request over")
+
+
+def _check(arguments: AgentArguments) -> None:
+    if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
+        raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
+
+
+def _submit(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    name = arguments.command
+    app.vm.agent.submit(
+        name,
+        arguments.arguments,
+        done=done,
+        deadline=request.deadline,
+        request=request.number,
+        reading=request.reading or name in _READING or name.startswith("guest-get-"),
+        freeze_limit=arguments.limit,
+        key=request.key,
+        held=arguments.hold,
+    )
+
+
+async def _freeze(app: App, request: Request, arguments: AgentArguments) -> Any:
+    answered: asyncio.Future[Any] = app.loop.create_future()
+
+    def done(value: Any, error: VmloopError | None) -> None:
+        if answered.done():  # the verb was cancelled
+            return
+        if error is None:
+            answered.set_result(value)
+        else:
+            answered.set_exception(error)
+
+    _submit(app, request, arguments, done)
+    return await answered
 
 
 async def _until_thawed(app: App, request: Request, thawed: asyncio.Future[str]) -> str:
