@@ -25,6 +25,7 @@ from vmloop.common.page import Page
 from vmloop.common.paths import VmPaths
 from vmloop.common.settings import WorkerSettings
 from vmloop.worker.agent.agent import GuestAgent
+from vmloop.worker.agent.ledger import AgentOwed
 from vmloop.worker.events import Event, EventLog
 
 Request = dict[str, Any]
@@ -169,7 +170,8 @@ class Bench:
     def __init__(self, directory: Path, section: AgentSection, settings: WorkerSettings) -> None:
         self.loop = asyncio.get_running_loop()
         self.path = directory / "agent.sock"
-        paths = VmPaths(directory, directory)
+        self.paths = VmPaths(directory, directory)
+        self.inherited: dict[int, Outcome] = {}  # by the newest worker, by request number
         self.page = Page(directory / "page", writable=True)
         self.events: list[Event] = []
         self.log = EventLog(VmName("vm1"), self.page, lambda _: None, 1000)
@@ -177,10 +179,34 @@ class Bench:
         self.section = section
         self.peer = AgentPeer(self.path)
         self.keeper = Keeper()
-        self.agent = GuestAgent(self.loop, "vm1", self.log, self.page, paths, settings, self.keeper, lambda: None)
+        self._settings = settings
+        self.agent = self._new_agent()
+
+    def _new_agent(self) -> GuestAgent:
+        return GuestAgent(self.loop, "vm1", self.log, self.page, self.paths, self._settings, self.keeper, lambda: None)
 
     def begin(self) -> None:
         self.agent.begin(str(self.path), self.section, PORT)
+
+    def succeed(self, *, kept: bool = True) -> None:
+        """The worker leaves, and another one takes over; not kept: without the connection."""
+        fd = self.agent.fileno()
+        self.agent.close("the worker ends", over=False)
+        if fd >= 0:
+            os.close(fd)  # its own, which a worker keeps as long as its process lives
+        connection = self.keeper.kept.pop("agent", None)
+        if connection is not None and not kept:
+            connection.close()
+            connection = None
+        self.inherited.clear()
+        self.agent = self._new_agent()
+        self.agent.begin(str(self.path), self.section, PORT, taken_over=True)
+        self.agent.take_over(connection, self._inherit)
+
+    def _inherit(self, owed: AgentOwed) -> Outcome | None:
+        if not owed.request:
+            return None
+        return self.inherited.setdefault(owed.request, Outcome())
 
     def port(self, opened: bool) -> None:
         self.agent.on_qmp_event("VSERPORT_CHANGE", {"id": PORT, "open": opened})
