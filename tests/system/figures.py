@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker uses while a test gives it trouble, and how fast another VM answers meanwhile. what its agent owes. Used by the tests of guests."""
+"""What a worker uses while a test gives it trouble, how fast another VM answers meanwhile, what an agent owes. For tests of guests."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_a_worker_killed_between_two_commands_asks_for_no_sync(vm: Vm) -> None:
         worker = worker_of(vm)
         kill_process(worker)
         events.wait_for("WORKER_LOST", SECONDS)
-        reasons = []
+        reasons: list[tuple[str, str]] = []
         while not reasons or reasons[-1][0] != "ready":
             data = events.wait_for("AGENT_STATE", SECONDS).data
             reasons.append((data["new"], data["reason"]))

@@ -397,8 +397,8 @@ def test_a_command_in_flight_is_answered_by_the_next_worker(
         answer = beside.submit(guest.agent, command, arguments, timeout=SECONDS)
         assert wait_for(lambda: agent_owes(house.site, guest.name), SECONDS)
         kill_process(worker_of(guest))
-        guest.resume()
         events.wait_for("WORKER_LOST", SECONDS)
+        guest.resume()
         value = answer.result(SECONDS)
     if command == "guest-exec":
         assert wait_for(lambda: guest.agent("guest-exec-status", {"pid": value["pid"]})["exited"], SECONDS)
