@@ -78,7 +78,7 @@ def test_whenever_a_worker_is_killed_every_answer_is_given_and_true(answers: str
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "no ids"])
 def test_a_row_of_killed_workers_loses_nothing_either(ids: bool) -> None:
     steps = steps_of(two_commands, ids=ids)
-    for kills in itertools.product(range(0, steps + 1, 2), range(0, steps + 12, 3)):
+    for kills in itertools.product(range(steps + 1), range(0, steps + 12, 2)):
         with Bench(list(kills), ids=ids) as bench:
             two_commands(bench)
             true_answers(bench, 1, 2)
@@ -202,10 +202,13 @@ def test_a_damaged_carry_is_no_answer() -> None:
 
 def test_an_answer_that_is_in_the_socket_is_given_before_the_end_is_told() -> None:
     with Bench() as bench:
+        bench.guest.silent = True
         bench.submit(1)
         bench.run(lambda: bench.guest.carried_out == [1])
+        bench.guest.silent = False
         while bench.guest.act():
             pass
+        assert bench.told == {}
         bench.worker.session.close("the guest closed its agent's port")
         assert bench.told[1] == [{"n": 1, "padding": ""}]
 
