@@ -84,6 +84,30 @@ def test_a_row_of_killed_workers_loses_nothing_either(ids: bool) -> None:
             true_answers(bench, 1, 2)
 
 
+def in_line(bench: Bench) -> None:
+    """Three commands, the second and third of which wait for the one before; whoever dies has them asked for again."""
+    for request in (1, 2, 3):
+        bench.submit(request)
+    for request in (1, 2, 3):
+        if request not in bench.told and request not in bench.inherited and bench.deaths:
+            bench.submit(request)
+        bench.run(lambda: request in bench.told or (bench.deaths > 0 and request not in bench.inherited))  # noqa: B023
+        if request not in bench.told:
+            bench.ask(request)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "no ids"])
+def test_no_answer_is_taken_for_that_of_the_command_behind_it(ids: bool) -> None:
+    for kill in range(steps_of(in_line, ids=ids) + 1):
+        with Bench([kill], ids=ids) as bench:
+            in_line(bench)
+            for request, told in bench.told.items():
+                assert [answer["n"] for answer in told if not isinstance(answer, VmloopError)] in (
+                    [request] * len(told),
+                    [],
+                )
+
+
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "no ids"])
 @pytest.mark.parametrize("at_once", [1, 40])
 def test_a_command_that_was_cut_is_either_answered_or_not_carried_out(at_once: int, ids: bool) -> None:
@@ -184,6 +208,22 @@ def test_a_carry_that_cannot_be_written_costs_the_answer_only_if_the_worker_dies
             assert [getattr(told, "code", "") for told in bench.told[1]] == ["outcome-unknown" if dies else ""]
             bench.ask(2)
             assert bench.told[2][0]["n"] == 2
+
+
+def test_with_a_full_disk_the_next_worker_knows_at_once_that_the_answer_is_lost() -> None:
+    def long(bench: Bench) -> None:
+        bench.guest.size = 200_000
+        for index in (0, 1):
+            bench.paths.agent_carry(index).mkdir()
+        bench.ask(1)
+
+    for kill in range(steps_of(long)):
+        with Bench([kill]) as bench:
+            began = bench.now
+            long(bench)
+            codes = {getattr(told, "code", "") for told in bench.told[1]}
+            assert codes <= {"", "outcome-unknown", "worker-lost"}
+            assert bench.now == began  # nobody waited for what cannot come
 
 
 def test_a_damaged_carry_is_no_answer() -> None:
