@@ -19,12 +19,14 @@ broker (`blocked` in list), and the next worker of the same VM.
       33   the guest's file systems are frozen until (f64, CLOCK_MONOTONIC), 0 if vmloop has not frozen them
    16-23   what the loop is busy with, UTF-8, zero padded           24-31   the reason of the VM's state, likewise
       34   seq of the newest event that was published and given to handlers (worker/events.py)
-  35-39    the agent's connection                              41-63   free
-      40   epoch that is about to begin, else 0
+      35   agent: pending consumption     36   agent: its carry               37   agent: carry after the consumption
+      38   agent: id of the command that is being written, else 0
+      39   agent: what is known of the connection (worker/agent/ledger.py)
+      40   epoch that is about to begin, else 0                                     41-63   free
   64-319   ledger: 16 entries of 16 words (worker/qmp/ledger.py)
- 320-511   what the guest agent owes: 8 entries of 24 words
+ 320-511   what the guest agent owes: 8 entries of 24 words (worker/agent/ledger.py)
 
-See worker/qmp/framing.py for words 4 to 6, worker/qmp/ledger.py for the ledger.
+See worker/qmp/framing.py for words 4 to 6, worker/qmp/peeking.py for 5, 6 and 11 (35 to 37), worker/qmp/ledger.py for the ledger.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ MAGIC: Final = int.from_bytes(b"VMLPAGE1", "little")
 LEDGER_SLOTS: Final = 16
 LEDGER_SLOT_WORDS: Final = 16
 LEDGER_AT: Final = 64
+
+AGENT_SLOTS: Final = 8
+AGENT_SLOT_WORDS: Final = 24
+AGENT_LEDGER_AT: Final = 320
 
 _TASK_AT: Final = 16 * 8
 _REASON_AT: Final = 24 * 8
@@ -72,6 +78,11 @@ class Word(IntEnum):
     LEFT = 32
     FROZEN_UNTIL = 33
     TOLD = 34
+    AGENT_PENDING = 35
+    AGENT_CARRY = 36
+    AGENT_NEXT_CARRY = 37
+    AGENT_SENDING = 38
+    AGENT_LINK = 39
     NEXT_EPOCH = 40
 
 
@@ -219,3 +230,14 @@ def word_to_float(word: int) -> float:
     """The float that `float_to_word` made a figure of."""
     value: float = _FLOAT.unpack(word.to_bytes(8, "little"))[0]
     return value
+
+
+def text_to_words(text: bytes, count: int) -> list[int]:
+    """Bytes as so many figures, zero padded; what does not fit is cut."""
+    padded = text[: count * 8].ljust(count * 8, b"\0")
+    return [int.from_bytes(padded[at : at + 8], "little") for at in range(0, count * 8, 8)]
+
+
+def words_to_text(words: list[int]) -> bytes:
+    """The bytes that `text_to_words` made figures of, with their padding."""
+    return b"".join(word.to_bytes(8, "little") for word in words)

@@ -137,6 +137,10 @@ class VmPaths:
         """One of the two files that hold the beginning of a monitor line longer than the socket's buffer."""
         return self.run / f"carry.{index}"
 
+    def agent_carry(self, index: int) -> Path:
+        """The same for the guest agent's connection."""
+        return self.run / f"agent-carry.{index}"
+
 
 def paths_under(root: Path) -> Paths:
     """Everything under one directory, as `--root` asks for."""

@@ -93,23 +93,27 @@ class App:
             self._keeper,
             self._status_soon,
             self.requests.inherit,
+            self.requests.inherit_agent,
         )
         self.handling = Handling(self.vm, page, paths.etc, self._make_way)
         self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
 
-    async def run(self, kept: socket.socket | None) -> None:
-        """Serve until there is nothing left to do. `kept`: the monitor's connection from an earlier worker of this run."""
+    async def run(self, kept: socket.socket | None, agent: socket.socket | None = None) -> None:
+        """Serve until there is nothing left to do. `kept`, `agent`: the monitor's and the guest agent's connection from an earlier
+        worker of this run."""
         self.loop.page_selector.on_blocked = self._on_blocked
         if self.vm.alive:
             self.events.tell_of_predecessor()
             self._tell_of_predecessor()
         self._page.words[Word.LEFT] = 0
         if self.vm.alive:
-            resume(self.vm, self.handling, kept, self._predecessor)
-        elif kept is not None:
-            kept.close()
+            resume(self.vm, self.handling, kept, agent, self._predecessor)
+        else:
+            for connection in (kept, agent):
+                if connection is not None:
+                    connection.close()
         await self._until_over()
         await self.requests.settle()
         if self.vm.alive:

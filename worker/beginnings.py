@@ -133,8 +133,11 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         raise
 
 
-def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: Predecessor) -> None:
-    """In a new worker: go on with the run that the last one left. `kept`: the monitor's connection, if it outlived the worker."""
+def resume(
+    vm: Vm, handling: Handling, kept: socket.socket | None, agent: socket.socket | None, predecessor: Predecessor
+) -> None:
+    """In a new worker: go on with the run that the last one left. `kept`, `agent`: the monitor's and the guest agent's connection, if
+    they outlived the worker."""
     run = vm.run
     assert run is not None
     definition = _definition_of(run)
@@ -142,6 +145,7 @@ def resume(vm: Vm, handling: Handling, kept: socket.socket | None, predecessor: 
     section = definition.agent if definition is not None else AgentSection(enabled=run.agent is not None)
     port = AGENT_PORT if run.launched else None
     vm.agent.begin(run.agent, section, port, taken_over=True)
+    vm.agent.take_over(agent, vm.inherit_agent)
     if kept is not None and vm.page_lost:
         vm.give_up_connection(kept)
         kept = None

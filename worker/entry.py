@@ -99,7 +99,7 @@ def _serve(
     # Ctrl-C in a terminal is not for workers, and SIGTERM means the host is going down: QEMU's own end is awaited, not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    monitor_fd = kept.pop("monitor", None)
+    monitor, agent = (socket.socket(fileno=kept.pop(slot)) if slot in kept else None for slot in ("monitor", "agent"))
     for fd in kept.values():
         os.close(fd)
     app = App(loop, context, name, paths, settings, page, predecessor, stack)
@@ -108,7 +108,7 @@ def _serve(
     guard_forks(lambda: (lock, loop.page_selector.fileno(), *app.private_fds()))
     gc.freeze()
     try:
-        _run(loop, app.run(socket.socket(fileno=monitor_fd) if monitor_fd is not None else None))
+        _run(loop, app.run(monitor, agent))
     finally:
         loop.close()
         context.term()  # bounded by the sockets' linger

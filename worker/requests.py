@@ -27,9 +27,11 @@ from ..common.errors import (
 )
 from ..common.pack import MAX_MESSAGE_BYTES, pack
 from ..common.wire import HEADER_BYTES, Kind, Message
+from .agent.ledger import AgentOwed
 from .answers import Answers
 from .qmp.commands import Done, awaited
 from .qmp.ledger import Owed
+from .verbs.agent import AgentArguments, holds, only_looks
 from .verbs.monitor import HmpArguments, QmpArguments
 from .verbs.request import Lane, Request, Verb, parse_arguments
 from .verbs.table import VERBS
@@ -117,7 +119,7 @@ class Requests:
             request = msgspec.structs.replace(request, lasting=lasting)
             if verb.begins:
                 self.begun(request)
-        if verb.direct is not None:
+        if verb.direct is not None and not holds(arguments):
             self._run_direct(verb, request, arguments, repeated=message.repeated)
         else:
             self._spawn(self._run_verb(verb, request, arguments))
@@ -133,8 +135,12 @@ class Requests:
         """Write down that an operation of several steps begins."""
         self._answers.begun(request.number, request.key, request.op, self._app.events.cursor)
 
-    def inherit(self, owed: Owed) -> Done | None:
-        """A command that an earlier worker sent and QEMU still owes: whom its answer goes to."""
+    def inherit_agent(self, owed: AgentOwed) -> Done | None:
+        """The same of a command to the guest agent."""
+        return self.inherit(owed, "agent")
+
+    def inherit(self, owed: Owed | AgentOwed, op: str = "qmp") -> Done | None:
+        """A command that an earlier worker sent and that is still owed an answer: whom that goes to."""
         number = owed.request
         if not number:
             return None
@@ -148,9 +154,7 @@ class Requests:
             return done
         self._running.add(number)
         now = self._loop.time()
-        request = Request(
-            number, "qmp", owed.deadline, now, owed.reading, owed.key, _no_parts, lasting=not owed.reading
-        )
+        request = Request(number, op, owed.deadline, now, owed.reading, owed.key, _no_parts, lasting=not owed.reading)
         if owed.key:
             self._answers.begin(owed.key, number)
         return lambda value, error: self.finish(request, value, error)
@@ -180,10 +184,12 @@ class Requests:
         return await session.execute(name, arguments, seconds=seconds, reading=False, request=request.number)
 
     def _run_direct(self, verb: Verb, request: Request, arguments: Any, *, repeated: bool) -> None:
-        """The short way for qmp and hmp: no task if nothing is in the way."""
+        """The short way for qmp, hmp and agent: no task if nothing is in the way."""
         assert verb.direct is not None
         app = self._app
-        if not app.vm.connected and (app.vm.connecting or (repeated and app.vm.alive)):
+        if verb.lane is Lane.READ:
+            verb.direct(app, request, arguments, lambda value, error: self.finish(request, value, error))
+        elif not app.vm.connected and (app.vm.connecting or (repeated and app.vm.alive)):
             self._spawn(self._run_direct_later(verb, request, arguments, repeated=repeated))
         elif _beside_others(request, arguments):
             verb.direct(app, request, arguments, lambda value, error: self.finish(request, value, error))
@@ -323,6 +329,8 @@ def _only_reads(request: Request, arguments: Any) -> bool:
     """Whether carrying a request out again would do no harm."""
     if request.reading:
         return True
+    if isinstance(arguments, AgentArguments):
+        return only_looks(arguments.command)
     return isinstance(arguments, QmpArguments) and arguments.command.startswith("query-")
 
 

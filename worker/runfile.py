@@ -164,7 +164,9 @@ def clear_run_directory(directory: Path) -> None:
 
     What cannot be removed is named in the log: the next start replaces it.
     """
-    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "handlers.json", "pending.json"):
+    sockets = ("monitor.sock", "agent.sock")
+    carries = ("carry.0", "carry.1", "agent-carry.0", "agent-carry.1")
+    for name in (*sockets, *carries, "handlers.json", "pending.json"):
         try:
             (directory / name).unlink(missing_ok=True)
         except OSError as error:

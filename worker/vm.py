@@ -29,6 +29,7 @@ from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
+from .agent.ledger import AgentOwed
 from .events import Effect, Event, EventLog
 from .keeper import Keeper
 from .qemu.process import QemuProcess, describe_exit
@@ -73,10 +74,12 @@ class Vm:
         keeper: Keeper,
         on_status: Callable[[], None],
         inherit: Callable[[Owed], Done | None],
+        inherit_agent: Callable[[AgentOwed], Done | None],
     ) -> None:
         """`on_status` is called whenever something that `list` shows has changed.
 
-        `inherit` gives for a command that an earlier worker sent whom to tell its answer; None if nobody waits for it.
+        `inherit` gives for a command that an earlier worker sent whom to tell its answer, `inherit_agent` likewise for one of the guest
+        agent's; None if nobody waits for it.
         """
         self.name = name
         self.paths = paths
@@ -91,7 +94,7 @@ class Vm:
         self.session: QmpSession | None = None
         self.process: QemuProcess | None = None
         self.intent = ""  # the reason that the next state change has, set by who asks for it
-        self.agent = GuestAgent(loop, name, events, page, settings, on_status)
+        self.agent = GuestAgent(loop, name, events, page, paths, settings, keeper, on_status)
         self.facts: dict[str, Any] = {}  # what handlers have found out about the run (worker/handlers)
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
         self._file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
@@ -99,6 +102,7 @@ class Vm:
         self._keeper = keeper
         self._on_status = on_status
         self._inherit = inherit
+        self.inherit_agent = inherit_agent
         self._ending = False
         self._killed_for = ""  # the reason of a kill that is not the operator's
         self.reconnection = Reconnection(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -21,8 +22,10 @@ from vmloop.common.definition import AgentSection
 from vmloop.common.errors import VmloopError
 from vmloop.common.names import VmName
 from vmloop.common.page import Page
+from vmloop.common.paths import VmPaths
 from vmloop.common.settings import WorkerSettings
 from vmloop.worker.agent.agent import GuestAgent
+from vmloop.worker.agent.ledger import AgentOwed
 from vmloop.worker.events import Event, EventLog
 from vmloop.worker.journal.store import EventStore
 
@@ -146,22 +149,65 @@ class Outcome:
         return self.error.code if self.error is not None else ""
 
 
+class Keeper:
+    """Keeps a duplicate of the connection, as the zygote does."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, socket.socket] = {}
+
+    def keep(self, slot: str, fd: int) -> None:
+        self.release(slot)
+        self.kept[slot] = socket.socket(fileno=os.dup(fd))
+
+    def release(self, slot: str) -> None:
+        old = self.kept.pop(slot, None)
+        if old is not None:
+            old.close()
+
+
 class Bench:
     """A GuestAgent, its peer, and what it said."""
 
     def __init__(self, directory: Path, section: AgentSection, settings: WorkerSettings) -> None:
         self.loop = asyncio.get_running_loop()
         self.path = directory / "agent.sock"
+        self.paths = VmPaths(directory, directory)
+        self.inherited: dict[int, Outcome] = {}  # by the newest worker, by request number
         self.page = Page(directory / "page", writable=True)
         self.events: list[Event] = []
         self.log = EventLog(VmName("vm1"), self.page, lambda _: None, EventStore(directory / "journal"))
         self.log.listen(self.events.append)
         self.section = section
         self.peer = AgentPeer(self.path)
-        self.agent = GuestAgent(self.loop, "vm1", self.log, self.page, settings, lambda: None)
+        self.keeper = Keeper()
+        self._settings = settings
+        self.agent = self._new_agent()
+
+    def _new_agent(self) -> GuestAgent:
+        return GuestAgent(self.loop, "vm1", self.log, self.page, self.paths, self._settings, self.keeper, lambda: None)
 
     def begin(self) -> None:
         self.agent.begin(str(self.path), self.section, PORT)
+
+    def succeed(self, *, kept: bool = True) -> None:
+        """The worker leaves, and another one takes over; not kept: without the connection."""
+        fd = self.agent.fileno()
+        self.agent.close("the worker ends", over=False)
+        if fd >= 0:
+            os.close(fd)  # its own, which a worker keeps as long as its process lives
+        connection = self.keeper.kept.pop("agent", None)
+        if connection is not None and not kept:
+            connection.close()
+            connection = None
+        self.inherited.clear()
+        self.agent = self._new_agent()
+        self.agent.begin(str(self.path), self.section, PORT, taken_over=True)
+        self.agent.take_over(connection, self._inherit)
+
+    def _inherit(self, owed: AgentOwed) -> Outcome | None:
+        if not owed.request:
+            return None
+        return self.inherited.setdefault(owed.request, Outcome())
 
     def port(self, opened: bool) -> None:
         self.agent.on_qmp_event("VSERPORT_CHANGE", {"id": PORT, "open": opened})
@@ -209,6 +255,7 @@ def on_bench(
             await work(bench)
         finally:
             bench.agent.close("the test is over")
+            bench.keeper.release("agent")
             bench.peer.close()
             await asyncio.sleep(0)
             bench.page.close()

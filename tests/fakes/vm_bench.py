@@ -63,6 +63,7 @@ class VmBench:
             Keeper(directory / "no-zygote", NAME),
             lambda: None,
             lambda owed: None,
+            lambda owed: None,
         )
 
     # -- a run ----------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker uses while a test gives it trouble, and how fast another VM answers meanwhile. Used by the tests of bad guests."""
+"""What a worker uses while a test gives it trouble, how fast another VM answers meanwhile, what an agent owes. For tests of guests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from typing import Final
 import psutil
 
 from vmloop.client.vm import Vm
+from vmloop.common.names import vm_name
+from vmloop.common.page import Page
+from vmloop.worker.agent.ledger import AgentLedger, Part
+
+from .site import Site
 
 MIB: Final = 1 << 20
+
+
+def agent_owes(site: Site, name: str) -> bool:
+    """Whether the VM's page says that a command is on the wire to its guest agent."""
+    with Page(site.paths.vm(vm_name(name)).page, writable=False) as page:
+        return any(owed.part is Part.CURRENT for owed in AgentLedger(page))
 
 
 class Usage:

@@ -7,6 +7,7 @@ the same guest without vmloop.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +36,7 @@ from vmloop.common.errors import (
 )
 
 from ..guest.image import GuestImage, guest_args, guest_disk, require_guest
-from .figures import MIB, answering_as_before, usage_of_worker
+from .figures import MIB, agent_owes, answering_as_before, usage_of_worker
 from .site import START_SECONDS, Site, kill_process, wait_for
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("require_qemu")]
@@ -377,6 +379,32 @@ def test_the_next_worker_finds_the_agent_within_a_second(guest: Vm, events: Even
     assert agent_states(events, "ready") == ["waiting", "syncing", "ready"]
     assert time.monotonic() - began < 1.0
     assert guest.guest_exec("/bin/echo", ["here"]).out == b"here\n"
+
+
+@pytest.mark.parametrize("command", ["guest-exec", "guest-file-read"])
+def test_a_command_in_flight_is_answered_by_the_next_worker(
+    house: House, guest: Vm, events: Events, command: str
+) -> None:
+    content = os.urandom(2 * MIB)
+    guest.write_guest_file("/data/long", io.BytesIO(content))
+    handle = guest.agent("guest-file-open", {"path": "/data/long", "mode": "r"})
+    arguments = {
+        "guest-exec": {"path": "/bin/echo", "arg": ["once"], "capture-output": True},
+        "guest-file-read": {"handle": handle, "count": len(content)},
+    }[command]
+    guest.pause()
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(guest.agent, command, arguments, timeout=SECONDS)
+        assert wait_for(lambda: agent_owes(house.site, guest.name), SECONDS)
+        kill_process(worker_of(guest))
+        events.wait_for("WORKER_LOST", SECONDS)
+        guest.resume()
+        value = answer.result(SECONDS)
+    if command == "guest-exec":
+        assert wait_for(lambda: guest.agent("guest-exec-status", {"pid": value["pid"]})["exited"], SECONDS)
+    else:
+        assert base64.b64decode(value["buf-b64"]) == content
+    guest.agent("guest-file-close", {"handle": handle})
 
 
 def test_a_suspended_guest_says_so_by_its_event_and_wakes_up(guest: Vm, events: Events) -> None:

@@ -67,7 +67,11 @@ def test_every_file_of_a_vm_is_in_the_table() -> None:
     paths = VmPaths(Path("run"), Path("state"))
     files = [value for name in vars(VmPaths) if isinstance(value := getattr(paths, name), Path) and value.parent.name]
     named = between("## Directories and files", "## Settings")
-    missing = {file.name for file in (*files, paths.carry(0), paths.carry(1)) if f"{file.name}`" not in named}
+    missing = {
+        file.name
+        for file in (*files, paths.carry(0), paths.carry(1), paths.agent_carry(0), paths.agent_carry(1))
+        if f"{file.name}`" not in named
+    }
     assert missing == set()
 
 

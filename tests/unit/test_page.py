@@ -263,7 +263,7 @@ def test_a_page_that_was_made_has_all_its_blocks(full: Path) -> None:
 
 def test_a_page_in_memory_is_a_page_that_nobody_else_sees(tmp_path: Path) -> None:
     with Page(None, writable=True) as page:
-        page.put_state(2, "here")
+        page.put_state(2, "here", 17)
         assert page.state_reason() == "here"
         assert page.words[Word.MAGIC] == MAGIC
     assert list(tmp_path.iterdir()) == []

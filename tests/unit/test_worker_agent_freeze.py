@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from vmloop.common.page import Word, float_to_word
-from vmloop.worker.verbs.agent import AgentArguments, agent
+from vmloop.worker.verbs.agent import AgentArguments
+from vmloop.worker.verbs.agent import hold as hold_frozen
 from vmloop.worker.verbs.request import Request
 
 from ..fakes.agent_peer import PORT, Bench, honest, on_bench, reply
@@ -154,7 +155,7 @@ def test_a_held_freeze_ends_when_its_client_goes_away(tmp_path: Path) -> None:
         await bench.ready()
         parts: list[Any] = []
         app, request, cancels = hold(bench, parts, 30.0)
-        task = asyncio.create_task(agent(app, request, AgentArguments("guest-fsfreeze-freeze", hold=True)))
+        task = asyncio.create_task(hold_frozen(app, request, AgentArguments("guest-fsfreeze-freeze", hold=True)))
         await bench.until(lambda: parts == [{"return": 2}])
         await bench.until(lambda: guest.frozen)
         cancels[0]()
@@ -171,7 +172,9 @@ def test_a_held_freeze_ends_before_its_requests_deadline_and_gives_signs_of_life
         await bench.ready()
         parts: list[Any] = []
         app, request, _ = hold(bench, parts, 1.6)
-        assert await agent(app, request, AgentArguments("guest-fsfreeze-freeze", hold=True)) == {"thawed": "deadline"}
+        assert await hold_frozen(app, request, AgentArguments("guest-fsfreeze-freeze", hold=True)) == {
+            "thawed": "deadline"
+        }
         assert not guest.frozen
         assert parts[0] == {"return": 2}
         assert 0 < parts[1]["left"] < 1
@@ -185,6 +188,6 @@ def test_a_freeze_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
         await bench.ready()
         app, request, _ = hold(bench, [], 5.0)
         arguments = AgentArguments("guest-fsfreeze-freeze", hold=True, limit=0.1)
-        assert await agent(app, request, arguments) == {"thawed": "limit"}
+        assert await hold_frozen(app, request, arguments) == {"thawed": "limit"}
 
     on_bench(tmp_path, work)

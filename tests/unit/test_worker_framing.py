@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmloop.common.page import Word
-from vmloop.worker.qmp.framing import CHUNK_BYTES, SO_PEEK_OFF, LineReader, LineTooLong
+from vmloop.worker.qmp.framing import LineReader, LineTooLong
+from vmloop.worker.qmp.peeking import CHUNK_BYTES, SO_PEEK_OFF
 
 from ..fakes.killed_worker import Bench, Killed, Published, Worker
 

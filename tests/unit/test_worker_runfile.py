@@ -112,7 +112,7 @@ def test_the_boot_id_is_one_and_the_same_until_the_next_boot() -> None:
 
 
 def test_the_end_of_a_run_leaves_the_lock_and_the_page(tmp_path: Path) -> None:
-    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "lock", "page"):
+    for name in ("monitor.sock", "agent.sock", "carry.0", "carry.1", "agent-carry.0", "agent-carry.1", "lock", "page"):
         (tmp_path / name).touch()
     clear_run_directory(tmp_path)
     clear_run_directory(tmp_path)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import tenacity
@@ -22,15 +24,19 @@ from ...common.definition import AgentSection
 from ...common.errors import AgentAbsent, AgentUnresponsive, QmpError, VmloopError
 from ...common.pack import pack
 from ...common.page import Page
+from ...common.paths import VmPaths
 from ...common.settings import WorkerSettings
 from ...common.states import AGENT_MOVES, AgentState, StateHolder
 from ..events import EventLog
-from ..qmp.commands import Done
-from .chardev import FLAP_HOLD, Openings, is_port_open
-from .commands import AgentCommand
+from ..qmp.commands import Done, awaited
+from ..qmp.writer import end_connection
+from .chardev import FLAP_HOLD, Openings, connect, is_port_open
+from .commands import AgentCommand, adopted
 from .endings import Endings, events_that_end
 from .freeze import FreezeGuard
-from .session import AgentSession, Standing
+from .ledger import AgentOwed, Part
+from .session import AgentSession
+from .standing import Keeping, Standing
 from .sync import encode_command, new_id
 
 log = logging.getLogger(__name__)
@@ -50,23 +56,28 @@ class GuestAgent:
         name: str,
         events: EventLog,
         page: Page,
+        paths: VmPaths,
         settings: WorkerSettings,
+        keeper: Keeping,
         on_status: Callable[[], None],
     ) -> None:
-        """`on_status` is called when the state has changed."""
+        """`keeper` is handed the connection, so that it outlives this worker; `on_status` is called when the state has changed."""
         self.state = StateHolder(f"agent of {name}", AgentState.ABSENT, AGENT_MOVES, self._on_move, "no port")
         self.guard = FreezeGuard(loop, name, page, events, self._execute_unwatched)
         self._loop = loop
         self._name = name
         self._events = events
+        self._page = page
+        self._paths = paths
         self._max_reply = settings.max_agent_reply
+        self._keeper = keeper
         self._on_status = on_status
         self._section = AgentSection()
         self._path: str | None = None
         self._port_id: str | None = None
         self._open = False
         self._session: AgentSession | None = None
-        self._standing = Standing(loop.time(), max_reply=settings.max_agent_reply)
+        self._standing = self._new_standing()
         self._endings = Endings(loop)
         self._ended: asyncio.Future[str] | None = None  # of the session
         self._keeping: asyncio.Task[None] | None = None
@@ -83,27 +94,79 @@ class GuestAgent:
         self, socket_path: str | None, section: AgentSection, port_id: str | None, *, taken_over: bool = False
     ) -> None:
         """A run has begun, or (taken_over) goes on under a new worker. port_id: the id in VSERPORT_CHANGE, None if not known."""
-        self.close("a new run begins", over=False)
+        self.close("a new run begins", over=not taken_over)
         self._path, self._section, self._port_id = socket_path, section, port_id
-        self._standing = Standing(self._loop.time(), max_reply=self._max_reply)
+        self._standing = self._new_standing()
         self._openings = Openings()
         self.guard.begin(taken_over=taken_over)
         if socket_path is not None:
             self.state.move(AgentState.WAITING, "the guest has not opened its agent's port yet")
 
+    def _new_standing(self) -> Standing:
+        return Standing(self._loop.time(), self._page, self._paths, max_reply=self._max_reply)
+
+    def take_over(self, connection: socket.socket | None, inherit: Callable[[AgentOwed], Done | None]) -> None:
+        """After `begin(taken_over=True)`: go on with the connection of an earlier worker, if it was kept, and with what it owed.
+
+        `inherit` gives for a command that was sent whom to tell its answer; None if nobody waits for it.
+        """
+        kept = connection if self._is_known(connection) else None
+        if connection is not None and kept is None:
+            end_connection(connection)  # of a run or a page that is gone: QEMU must take a new one
+        adopt = partial(self._adopt, kept=kept is not None, inherit=inherit)
+        inherited = self._standing.take_over(self._loop.time(), adopt)
+        if kept is None:
+            self._standing.not_kept(inherited)
+            return
+        kept.setblocking(False)
+        self._open = True
+        self.state.move(AgentState.SYNCING, "connection taken over")
+        session = self._open_session(kept)
+        self._keeping = self._loop.create_task(self._keep_connected(self._ended))
+        session.take_over(inherited)
+
+    def _is_known(self, connection: socket.socket | None) -> bool:
+        """Whether a connection is the one that the page speaks of."""
+        if connection is None or self._path is None:
+            return False
+        return self._standing.ledger.is_of(os.fstat(connection.fileno()).st_ino)
+
+    def _adopt(self, owed: AgentOwed, *, kept: bool, inherit: Callable[[AgentOwed], Done | None]) -> AgentCommand:
+        """A command that an earlier worker sent. Without its connection one that reads has nobody: the broker sends it again."""
+        command = adopted(owed)
+        if owed.part is Part.GIVEN_UP or owed.told:
+            return command
+        done = (inherit(owed) if kept or not owed.reading else None) or _nobody
+        if owed.part is Part.CURRENT:
+            command.done = done = self.guard.watch(owed.name, done, owed.deadline, owed.limit)
+        if owed.quiet:
+            events = events_that_end(owed.name, {"mode": "reboot"} if owed.reboot else None)
+            on_answer = self._endings.await_end(command, events, done, self._standing.ledger)
+            command.done = on_answer if owed.part is Part.CURRENT else None
+        return command
+
     def close(self, reason: str, *, over: bool = True) -> None:
-        """The run is over, or (not over) the worker leaves: everybody who waits is told, and the state is absent."""
+        """The run is over, or (not over) the worker leaves. The state is absent.
+
+        Everybody who waits is told, except (not over) for what has been sent: its answer, and the connection, is the next worker's.
+        """
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None
         self._path = self._query = None
-        self._drop(reason)
+        if over:
+            self._drop(reason)
+        else:
+            self._leave()
         if self._holding is not None:
             self._holding.cancel()
             self._holding = None
-        self._endings.close(AgentAbsent(f"VM {self._name}: {reason} before the guest's end was seen", sent=True))
         if over:
+            self._endings.close(AgentAbsent(f"VM {self._name}: {reason} before the guest's end was seen", sent=True))
+            self._standing.ledger.clear()
             self.guard.over("the run is over")
+        else:
+            self._endings.leave()
         self.guard.stop()
         if self.state.state is not AgentState.ABSENT:
             self.state.move(AgentState.ABSENT, reason)
@@ -142,39 +205,29 @@ class GuestAgent:
         request: int = 0,
         reading: bool = False,
         freeze_limit: float | None = None,
+        key: bytes = b"",
+        held: bool = False,
     ) -> None:
         """Send a command, or put it in line. `done` is called once: at once with an error, or later on the loop.
 
-        deadline: loop time; reading: safe to repeat; freeze_limit: seconds that a freeze may last, the definition's if None.
+        deadline: loop time; reading: safe to repeat; freeze_limit: seconds that a freeze may last, the definition's if None; key: of
+        the request; held: the freeze lasts as long as whoever asked stays.
         """
+        limit = self._section.freeze_limit if freeze_limit is None else freeze_limit
         if self._session is not None:  # else there is nothing to guard
-            limit = self._section.freeze_limit if freeze_limit is None else freeze_limit
             done = self.guard.watch(command, done, deadline, limit)
-        self._submit(command, arguments, done, deadline, request, reading=reading)
+        self._submit(command, arguments, done, deadline, request, reading=reading, limit=limit, key=key, held=held)
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float) -> Any:
         """Send a command and wait for its `return`. Raises the error tree's members."""
-        future, done = self._waiter()
+        future, done = awaited(self._loop)
         self.submit(command, arguments, done=done, deadline=self._loop.time() + seconds)
         return await future
 
     async def _execute_unwatched(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float) -> Any:
-        future, done = self._waiter()
+        future, done = awaited(self._loop)
         self._submit(command, arguments, done, self._loop.time() + seconds, 0, reading=True)
         return await future
-
-    def _waiter(self) -> tuple[asyncio.Future[Any], Done]:
-        future: asyncio.Future[Any] = self._loop.create_future()
-
-        def done(value: Any, error: VmloopError | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
-
-        return future, done
 
     def _submit(
         self,
@@ -185,6 +238,9 @@ class GuestAgent:
         request: int,
         *,
         reading: bool,
+        limit: float = 0.0,
+        key: bytes = b"",
+        held: bool = False,
     ) -> None:
         number = new_id()
         try:
@@ -193,11 +249,11 @@ class GuestAgent:
         except VmloopError as error:
             done(None, error)
             return
-        command = AgentCommand(name, text, done, number, deadline, request, reading)
+        command = AgentCommand(name, text, done, number, deadline, request, reading, key=key, limit=limit, held=held)
         events = events_that_end(name, arguments)
         if events:
-            ending = self._endings.add(name, events, done, deadline)
-            ending.command, command.done, command.quiet = command, ending.on_answer, True
+            command.quiet, command.reboot = True, "RESET" in events
+            command.done = self._endings.await_end(command, events, done, self._standing.ledger)
         try:
             session.submit(command)
         except VmloopError as error:  # Busy
@@ -241,6 +297,8 @@ class GuestAgent:
                 continue  # whoever brings the monitor back looks again
             if opened != self._open or opened is False:
                 self._on_port(opened)
+            elif self._session is not None:
+                self._session.confirm()
         self._looking = None
 
     def _on_port(self, opened: bool) -> None:
@@ -281,12 +339,25 @@ class GuestAgent:
         session, self._session = self._session, None
         if session is not None:
             session.close(reason)
+            self._keeper.release("agent")
         self._standing.lost()
+
+    def _leave(self) -> None:
+        """The worker ends: the port, and what is said on it, is the next one's."""
+        self._open = False
+        if self._keeping is not None:
+            self._keeping.cancel()
+            self._keeping = None
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave()
 
     # -- the connection ---------------------------------------------------------------------------------------------------------
 
-    async def _keep_connected(self) -> None:
-        """While the port is open: a connection, and after its end another one."""
+    async def _keep_connected(self, taken_over: asyncio.Future[str] | None = None) -> None:
+        """While the port is open: a connection, and after its end another one. `taken_over`: the end of the first."""
+        if taken_over is not None:
+            await taken_over
         while True:
             retrying = tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type((VmloopError, OSError)),
@@ -305,14 +376,19 @@ class GuestAgent:
         """One connection from its begin to its end. Raises OSError or `AgentUnresponsive` unless it lived for long."""
         began = self._loop.time()
         assert self._path is not None
-        connection = _connect(self._path)
-        self._ended = self._loop.create_future()
-        self._session = AgentSession(self._loop, connection, self._standing, self._section.timeout, self)
-        self._failure = ""
-        self._session.start()
+        session = self._open_session(connect(self._path))
+        session.start()
+        assert self._ended is not None
         reason = await self._ended
         if self._loop.time() - began < STABLE:
             raise AgentUnresponsive(f"VM {self._name}: {reason}")
+
+    def _open_session(self, connection: socket.socket) -> AgentSession:
+        self._ended = self._loop.create_future()
+        self._session = AgentSession(self._loop, connection, self._standing, self._section.timeout, self)
+        self._failure = ""
+        self._keeper.keep("agent", connection.fileno())
+        return self._session
 
     # -- what the session tells ---------------------------------------------------------------------------------------------------
 
@@ -335,6 +411,7 @@ class GuestAgent:
 
     def on_end(self, reason: str) -> None:
         self._session = None
+        self._keeper.release("agent")
         self.on_state(AgentState.UNRESPONSIVE, reason)
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(reason)
@@ -344,13 +421,5 @@ class GuestAgent:
         self._on_status()
 
 
-def _connect(path: str) -> socket.socket:
-    """A connection that is there at once or not at all: unix sockets either have room for it or refuse."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.setblocking(False)
-        connection.connect(path)
-    except OSError:
-        connection.close()
-        raise
-    return connection
+def _nobody(_: Any, __: VmloopError | None) -> None:
+    """Takes the answers that nobody waits for."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the guest has its agent's port open: what query-chardev says, and ports that open and close all the time. Used by agent.py."""
+"""Whether the guest has its agent's port open, ports that open and close all the time, connecting. Used by agent.py."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 from collections import deque
 from typing import Any, Final
 
@@ -49,3 +50,15 @@ class Openings:
     def flapping(self, now: float) -> bool:
         """Whether it was opened so often that the next opening should wait `FLAP_HOLD` seconds."""
         return len(self._times) == FLAP_OPENINGS and now - self._times[0] < FLAP_SECONDS
+
+
+def connect(path: str) -> socket.socket:
+    """A connection that is there at once or not at all: unix sockets either have room for it or refuse."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection

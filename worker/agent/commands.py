@@ -10,8 +10,9 @@ from typing import Final
 
 import msgspec
 
-from ...common.errors import AgentAbsent, AgentUnresponsive, DeadlineExceeded, OutcomeUnknown, VmloopError
+from ...common.errors import AgentAbsent, AgentUnresponsive, DeadlineExceeded, OutcomeUnknown, VmloopError, WorkerLost
 from ..qmp.commands import Done
+from .ledger import AgentOwed, Part
 
 # They wait for disks or firmware, or for what the guest does on its way down: the caller's deadline is theirs.
 SLOW: Final = frozenset(
@@ -27,7 +28,10 @@ SLOW: Final = frozenset(
 
 
 class AgentCommand(msgspec.Struct):
-    """`done` is None once nobody waits any more; times are loop time, sent is 0 before it. quiet: success has no answer."""
+    """`done` is None once nobody waits any more; times are loop time, sent is 0 before it. quiet: success has no answer.
+
+    key, limit (of a freeze) and reboot are for the next worker. held: whoever asked must stay for as long as the guest is frozen.
+    """
 
     name: str
     text: bytes
@@ -39,10 +43,50 @@ class AgentCommand(msgspec.Struct):
     quiet: bool = False
     queued: float = 0.0
     sent: float = 0.0
+    key: bytes = b""
+    limit: float = 0.0
+    reboot: bool = False
+    held: bool = False
 
     def due(self, timeout: float) -> float:
         """When the wait for the answer ends. timeout: seconds for an ordinary command."""
         return self.deadline if self.name in SLOW else min(self.deadline, self.sent + timeout)
+
+
+def owed(command: AgentCommand) -> AgentOwed:
+    """What the page says of a command on the wire. Nobody can take over for one who holds a freeze."""
+    return AgentOwed(
+        part=Part.CURRENT,
+        number=command.number,
+        request=0 if command.held else command.request,
+        reading=command.reading,
+        quiet=command.quiet,
+        reboot=command.reboot,
+        deadline=command.deadline,
+        sent=command.sent,
+        limit=0.0 if command.held else command.limit,
+        key=command.key,
+        name=command.name,
+    )
+
+
+def adopted(entry: AgentOwed) -> AgentCommand:
+    """A command of an earlier worker, as the page has it; nobody is told its answer yet."""
+    return AgentCommand(
+        name=entry.name,
+        text=b"",
+        done=None,
+        number=entry.number,
+        deadline=entry.deadline,
+        request=entry.request,
+        reading=entry.reading,
+        quiet=entry.quiet,
+        queued=entry.sent,
+        sent=entry.sent,
+        key=entry.key,
+        limit=entry.limit,
+        reboot=entry.reboot,
+    )
 
 
 def not_sent_in_time(command: AgentCommand, ahead: int) -> VmloopError:
@@ -54,6 +98,20 @@ def not_taken(command: AgentCommand) -> VmloopError:
     """The pipe to the guest is full. What the agent has of the command it throws away at the next sync."""
     text = "the guest does not read its agent's port; the command was not sent whole and will not be carried out"
     return AgentUnresponsive(f"{command.name}: {text}", command=command.name, sent=False)
+
+
+def not_begun(command: AgentCommand) -> VmloopError:
+    """The worker leaves, and it was still in line."""
+    text = f"{command.name}: the worker makes way for another one; the command was not sent, try again"
+    return WorkerLost(text, command=command.name, sent=False)
+
+
+def lost_with_its_worker(command: AgentCommand, *, cut: bool) -> VmloopError:
+    """An earlier worker sent it, and a later sync was answered before it. cut: that worker died inside the send."""
+    if cut and not command.quiet:  # of a quiet one silence says nothing
+        text = f"{command.name}: the worker was killed while it sent the command; it was not carried out, try again"
+        return WorkerLost(text, command=command.name, sent=False)
+    return end_of(command, "its answer was lost", port_open=True)
 
 
 def not_answered(command: AgentCommand, now: float) -> VmloopError:

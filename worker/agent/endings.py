@@ -14,6 +14,7 @@ from typing import Any, Final
 from ...common.errors import DeadlineExceeded, VmloopError
 from ..qmp.commands import Done
 from .commands import AgentCommand
+from .ledger import AgentLedger
 
 _SHUTDOWN_EVENTS: Final[Mapping[str, frozenset[str]]] = {
     "reboot": frozenset({"RESET", "SHUTDOWN"}),  # SHUTDOWN: QEMU runs with -no-reboot
@@ -42,17 +43,29 @@ class Endings:
         self._loop = loop
         self._waiting: set[Ending] = set()
 
-    def add(self, name: str, events: frozenset[str], done: Done, deadline: float) -> Ending:
-        """One more. deadline: loop time."""
-        ending = Ending(name, events, done, self._waiting)
-        ending.timer = self._loop.call_at(deadline, ending.on_deadline)
-        return ending
+    def await_end(self, command: AgentCommand, events: frozenset[str], done: Done, ledger: AgentLedger) -> Done:
+        """What to give the session instead of `done`, for a command that any of these events completes."""
+
+        def told(value: Any, error: VmloopError | None) -> None:
+            done(value, error)
+            ledger.told(command.number)
+
+        ending = Ending(command, events, told, self._waiting)
+        ending.timer = self._loop.call_at(command.deadline, ending.on_deadline)
+        return ending.on_answer
 
     def on_event(self, name: str) -> None:
         """QEMU said that something happened to the guest."""
         for ending in tuple(self._waiting):
             if name in ending.events and ending.sent:
                 ending.finish({}, None)
+
+    def leave(self) -> None:
+        """The worker ends: the next one waits for the guest's end."""
+        for ending in self._waiting:
+            if ending.timer is not None:
+                ending.timer.cancel()
+        self._waiting.clear()
 
     def close(self, error: VmloopError) -> None:
         """The run is over: whoever waits still is told."""
@@ -63,10 +76,10 @@ class Endings:
 class Ending:
     """One command that ends the guest."""
 
-    def __init__(self, name: str, events: frozenset[str], done: Done, waiting: set[Ending]) -> None:
-        self.name = name
+    def __init__(self, command: AgentCommand, events: frozenset[str], done: Done, waiting: set[Ending]) -> None:
+        self.name = command.name
         self.events = events
-        self.command: AgentCommand | None = None  # once it is in line
+        self.command = command
         self.timer: asyncio.TimerHandle | None = None
         self._done: Done | None = done
         self._waiting = waiting
@@ -75,7 +88,7 @@ class Ending:
     @property
     def sent(self) -> bool:
         """Whether it has left for the guest, so that an event may be its doing."""
-        return self.command is not None and self.command.sent > 0
+        return self.command.sent > 0
 
     def on_answer(self, _: Any, error: VmloopError | None) -> None:
         """What the session says. Once the command has been sent, only the agent's own refusal ends the wait."""

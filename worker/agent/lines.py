@@ -16,7 +16,9 @@ MIN_REPLY: Final = 12
 TURN_COST: Final = 60e-6  # waking up for a read
 LINE_COST: Final = 4e-6  # looking at one line
 END_COST: Final = 0.1e-6  # finding the end of one, be it empty
-BYTE_COST: Final = 1.5e-9  # moving one byte
+BYTE_COST: Final = (
+    1.5e-9  # moving one byte; one that is peeked at, kept in a file and then consumed is moved three times
+)
 
 SHARE: Final = 0.005  # of one core that reading unasked lines may take
 MIN_CAPACITY: Final = 0.1  # seconds of one core that may be spent at once
@@ -39,6 +41,11 @@ class Lines:
     def held(self) -> int:
         """Bytes of the unfinished line that are kept."""
         return len(self._unfinished)
+
+    @property
+    def unfinished(self) -> bytes:
+        """These bytes."""
+        return bytes(self._unfinished)
 
     def feed(self, data: bytes) -> list[bytes]:
         """The lines that these bytes complete, without their ends; none is empty."""

@@ -3,13 +3,14 @@
 
 Made by agent.py when the guest has opened its port. A caller's end never wedges the channel: the command is given up, a sync follows at
 once, and its answer says that everything before it is over. What must outlive a connection (owed answers, the allowance for noise, the
-count of failed syncs) is in `Standing`.
+count of failed syncs) is in `Standing`; what must outlive the worker is on the page (ledger.py) and in the socket (reading.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from typing import Any, Final, Protocol
 
@@ -18,17 +19,27 @@ import tenacity
 from ...common.deadlines import Deadlines
 from ...common.errors import AgentError, Busy, TooLarge, VmloopError
 from ...common.states import AgentState
-from .commands import AgentCommand, end_of, not_answered, not_in_step, not_sent_in_time, not_taken
-from .lines import BYTE_COST, END_COST, LINE_COST, TURN_COST, Allowance, Lines
-from .sync import MAX_GIVEN_UP, Conversation, NotAReply, Reply, Whose, agent_error, read_reply
+from ..qmp.writer import end_connection
+from .commands import (
+    AgentCommand,
+    end_of,
+    lost_with_its_worker,
+    not_answered,
+    not_begun,
+    not_in_step,
+    not_sent_in_time,
+    not_taken,
+    owed,
+)
+from .intake import Intake
+from .ledger import AgentOwed, Part
+from .standing import Inherited, Standing
+from .sync import MAX_GIVEN_UP, NotAReply, Reply, Whose, agent_error, read_reply
+from .writer import AgentWriter
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
-CHUNK: Final = 64 * 1024  # bytes of one read while an answer is owed
-CHUNKS: Final = 4  # in one turn of the loop
-IDLE_CHUNK: Final = 4 * 1024  # bytes of one turn while nothing is owed: nobody waits for what comes
-IDLE_LINE: Final = 64 * 1024  # bytes of a line that are kept then
 FAILED_SYNCS: Final = 3  # in a row: the connection itself is suspected
 
 # Between syncs that nobody asks for: an agent that is silent is looked after less and less often.
@@ -43,27 +54,8 @@ class Listener(Protocol):
     def on_end(self, reason: str) -> None: ...
 
 
-class Standing:
-    """What is known of one agent over all its connections."""
-
-    def __init__(self, now: float, *, max_reply: int) -> None:
-        """max_reply: bytes in one line."""
-        self.conversation = Conversation()
-        self.allowance = Allowance(now, max_reply=max_reply)
-        self.max_reply = max_reply
-        self.given_up: dict[int, AgentCommand] = {}  # their replies will be late
-        self.failed_syncs = 0  # in a row
-        self.noise = 0  # lines that answered nothing
-
-    def lost(self) -> None:
-        """The guest has closed the port: the agent, and what it owed, is gone."""
-        self.conversation.lost()
-        self.given_up.clear()
-        self.failed_syncs = 0
-
-
 class AgentSession:
-    """Life: made → `start` → commands → `close`, or `on_end` when it ends by itself."""
+    """Life: made → `start` or `take_over` → commands → `close` or `leave`, or `on_end` when it ends by itself."""
 
     def __init__(
         self,
@@ -81,24 +73,56 @@ class AgentSession:
         self._conversation = standing.conversation
         self._timeout = timeout
         self._listener = listener
-        self._lines = Lines(IDLE_LINE)
+        self._ledger = standing.ledger
+        self._intake = Intake(loop, connection, standing, self)
+        self._intact = True  # a successor finds the start of the line that has begun
+        self._writer = AgentWriter(loop, connection, standing.ledger, self._end)
         self._waiting: dict[int, AgentCommand] = {}
         self._current: AgentCommand | None = None
-        self._rest = b""  # of what is being sent
+        self._cut: bool | None = (
+            None  # of a current command that an earlier worker sent: whether it died inside the send
+        )
+        self._late: list[int] = []  # commands whose late replies are in the chunk at hand
+        self._in_step = False  # a sync's answer is
         self._deadlines: Deadlines[int] = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
         self._asking: asyncio.TimerHandle | None = None  # a sync is out, until then
         self._asked = 0.0  # when the newest one was sent
         self._asking_again: asyncio.TimerHandle | None = None
         self._paused: asyncio.TimerHandle | None = None
-        self._unsettled = 0.0  # what was spent on the unfinished line
         self._ended = False
 
     def start(self) -> None:
         """Listen, and sync at once: ready means that the agent has really answered."""
         self._conversation.synced = False
-        self._loop.add_reader(self._socket, self._readable)
+        self._intake.reader.begin()
+        self._ledger.opened(os.fstat(self._socket.fileno()).st_ino)
+        self._loop.add_reader(self._socket, self._intake.turn)
         self._sync()
+
+    def take_over(self, inherited: Inherited) -> None:
+        """On a connection that an earlier worker has spoken on: go on where it was killed; a sync only if it was not in step."""
+        command = self._current = inherited.command
+        self._intake.reader.take_over(self._standing.max_reply)
+        self._intact = self._intake.reader.intact
+        if not self._intact:
+            self._conversation.doubt()
+        if command is not None:
+            self._cut = None if self._conversation.synced else inherited.cut
+            self._deadlines.add(command.number, command.due(self._timeout))
+        self._loop.add_reader(self._socket, self._intake.turn)
+        # Without ids, what a predecessor has answered must not be taken for the answer to what is sent now.
+        self._intake.take(1)
+        if self._ended:
+            return
+        self._set_timer()
+        if not self._conversation.synced and self._asking is None:
+            self._sync()
+
+    def confirm(self) -> None:
+        """The port is known to be open: what the page said of the agent holds."""
+        if self._conversation.synced and self._asking is None and self._paused is None:
+            self._listener.on_state(AgentState.READY, "in step since an earlier worker")
 
     @property
     def queued(self) -> int:
@@ -123,29 +147,59 @@ class AgentSession:
             self._sync()
 
     def close(self, reason: str, *, port_open: bool = False) -> None:
-        """End it; everybody who waits is told. The listener is not."""
+        """End it for good; what is in the socket still is dealt with, then everybody who waits is told. The listener is not."""
         if self._ended:
             return
-        self._ended = True
-        for timer in (self._timer, self._asking, self._asking_again, self._paused):
-            if timer is not None:
-                timer.cancel()
-        self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
-        self._socket.close()
+        if self._paused is None:
+            self._intake.drain()
+        self._stop()
+        end_connection(self._socket)
+        self._ledger.ended()
         current = self._current
         if current is not None:
             self._give_up(current)
             self._answer(current, None, end_of(current, reason, port_open=port_open))
+            self._ledger.given_up(current.number)
         waiting, self._waiting = self._waiting, {}
         for command in waiting.values():
             self._answer(command, None, end_of(command, reason, port_open=port_open))
+
+    def leave(self) -> None:
+        """The worker ends: the connection, and whoever waits for the answer of what was sent, is the next one's.
+
+        The fd stays open as long as this process: the zygote may not have its duplicate yet.
+        """
+        if self._ended:
+            return
+        self._stop()
+        self._socket.detach()
+        waiting, self._waiting = self._waiting, {}
+        for command in waiting.values():
+            self._answer(command, None, not_begun(command))
+        current = self._current
+        if current is not None and current.held:
+            self._answer(current, None, end_of(current, "the worker ends", port_open=True))
+
+    def _stop(self) -> None:
+        self._ended = True
+        self._intake.stop()
+        for timer in (self._timer, self._asking, self._asking_again, self._paused):
+            if timer is not None:
+                timer.cancel()
+        self._loop.remove_reader(self._socket)
+        self._writer.close()
 
     # -- out ------------------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         """Do the next thing that can be done."""
-        if self._ended or self._current is not None or not self._waiting or self._asking is not None:
+        if (
+            self._ended
+            or self._intake.inside
+            or self._current is not None
+            or not self._waiting
+            or self._asking is not None
+        ):
             return
         if not self._conversation.synced:
             self._sync()
@@ -154,20 +208,23 @@ class AgentSession:
         command = self._current = self._waiting.pop(number)
         command.sent = self._loop.time()
         self._conversation.sent(number)
-        self._lines.limit = self._standing.max_reply
         self._deadlines.add(number, command.due(self._timeout))
         self._set_timer()
-        self._write(command.text)
+        self._ledger.sending = number  # before it is entered: else a successor would wait for what was never sent
+        self._ledger.enter(owed(command))
+        self._writer.write(command.text, number)
 
     def _sync(self) -> None:
-        if self._paused is not None:
+        if self._paused is not None or self._intake.draining:
             return
         self._stop_asking()
         self._asked = self._loop.time()
         self._asking = self._loop.call_later(self._timeout, self._sync_unanswered)
         text = self._conversation.sync()
+        self._note()
+        self._ledger.enter(AgentOwed(Part.SYNC, self._conversation.sync_number, sent=self._asked))
         self._listener.on_state(AgentState.SYNCING, "asked whether the agent answers")
-        self._write(text)
+        self._writer.write(text)
 
     def _sync_unanswered(self) -> None:
         standing = self._standing
@@ -187,73 +244,33 @@ class AgentSession:
                 self._answer(command, None, not_in_step(command, reason))
         self._advance()
 
-    def _write(self, text: bytes) -> None:
-        """Send; what is left of an unfinished command is dropped for it (only a sync can come then, and it starts with 0xFF)."""
-        self._loop.remove_writer(self._socket)
-        self._rest = text
-        self._flush()
-
-    def _flush(self) -> None:
-        try:
-            sent = self._socket.send(self._rest)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            # Not from inside a caller's submit: whoever asks is told on the loop.
-            self._loop.call_soon(self._end, f"the agent's socket takes no more: {error.strerror}")
-            return
-        self._rest = self._rest[sent:]
-        if self._rest:
-            self._loop.add_writer(self._socket, self._flush)
-        else:
-            self._loop.remove_writer(self._socket)
+    def _note(self) -> None:
+        conversation = self._conversation
+        synced = conversation.synced and self._intake.reader.intact
+        self._ledger.note(synced=synced, repeats_ids=conversation.repeats_ids)
 
     # -- in -------------------------------------------------------------------------------------------------------------------
 
-    def _readable(self) -> None:
-        spent = TURN_COST
-        for _ in range(CHUNKS):
-            owed = self._conversation.owed
-            self._lines.limit = self._standing.max_reply if owed else IDLE_LINE
-            try:
-                data = self._socket.recv(CHUNK if owed else IDLE_CHUNK)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                self._end(f"reading from the agent's socket failed: {error.strerror}")
-                return
-            if not data:
-                self._end("the agent's socket was closed")
-                return
-            spent += len(data) * BYTE_COST + data.count(b"\n") * END_COST
-            if not self._take(data, spent) or self._ended or not owed:
-                break
-            spent = 0.0
+    def on_consumed(self) -> None:
+        """A chunk is dealt with: now the page may say so, and what waits be sent. Earlier, a successor would read it as something else."""
+        late, self._late = self._late, []
+        for number in late:
+            self._ledger.answered(number)
+        if self._in_step:
+            self._in_step = False
+            self._ledger.in_step()
+            self._ledger.sending = 0
+            self._note()
+        if self._intact is not self._intake.reader.intact:
+            self._intact = self._intake.reader.intact
+            self._note()
+        self._advance()
 
-    def _take(self, data: bytes, spent: float) -> bool:
-        """Deal with some bytes; False if reading has to pause."""
-        allowance = self._standing.allowance
-        too_long = self._lines.too_long
-        now = self._loop.time()
-        allowance.spend(spent, now)
-        self._unsettled += spent
-        for line in self._lines.feed(data):
-            if self._on_line(line):
-                allowance.refund(self._unsettled)
-            else:
-                self._standing.noise += 1
-                allowance.spend(LINE_COST, now)
-            self._unsettled = 0.0
-            if self._ended:
-                return False
-        if self._lines.too_long > too_long:
-            self._on_too_long()
-        if self._ended or allowance.spend(0.0, now):
-            return True
-        self._pause(now)
-        return False
+    def on_closed(self, reason: str) -> None:
+        """The other end has closed the connection."""
+        self._end(reason)
 
-    def _on_line(self, line: bytes) -> bool:
+    def on_line(self, line: bytes) -> bool:
         """The router of everything that the guest says; False for what nobody asked for, which is counted and dropped here alone."""
         try:
             reply = read_reply(line)
@@ -286,10 +303,15 @@ class AgentSession:
         self._standing.failed_syncs = 0
         self._standing.given_up.clear()
         self._listener.on_state(AgentState.READY, "the agent answers")
-        self._advance()
+        unanswered, self._current = self._current, None  # one that an earlier worker sent: the agent does not have it
+        if unanswered is not None:
+            self._answer(unanswered, None, lost_with_its_worker(unanswered, cut=self._cut is True))
+            self._ledger.answered(unanswered.number)
+        self._cut = None
+        self._in_step = True
 
     def _on_answer(self, reply: Reply) -> None:
-        command, self._current = self._current, None
+        command, self._current, self._cut = self._current, None, None
         assert command is not None
         self._deadlines.drop(command.number)
         value, error = None, None
@@ -302,6 +324,10 @@ class AgentSession:
             value = content.get("return")
             error = agent_error(command.name, content["error"]) if "error" in content else None
         self._answer(command, value, error)
+        self._ledger.answered(command.number)
+        self._ledger.sending = 0
+        if self._conversation.synced:
+            self._listener.on_state(AgentState.READY, "the agent answers")
         self._advance()
 
     def _on_late(self, number: int, reply: Reply) -> None:
@@ -313,23 +339,25 @@ class AgentSession:
         except NotAReply as damage:
             content = {"error": {"class": "", "desc": f"the late answer cannot be read: {damage}"}}
         self._listener.on_late(command, content)
+        self._late.append(number)
 
-    def _on_too_long(self) -> None:
-        limit = self._lines.limit
-        log.warning("guest agent: a line of more than %d bytes was dropped, %d so far", limit, self._lines.too_long)
+    def on_too_long(self) -> None:
+        """A line was dropped for its length; an answer, if one is waited for."""
+        lines = self._intake.reader.lines
+        log.warning("guest agent: a line of more than %d bytes was dropped, %d so far", lines.limit, lines.too_long)
         command = self._current
-        if command is None or not self._conversation.synced:
+        if command is None or not (self._conversation.synced or self._cut is not None):
             return
-        self._standing.allowance.refund(self._unsettled)
-        self._unsettled = 0.0
+        self._intake.refund()
         self._give_up(command)
-        text = f"{command.name}: the guest agent sent a line of more than {limit} bytes; ask for less, or raise max_agent_reply"
-        self._answer(command, None, TooLarge(text, limit=limit, sent=True))
+        text = f"{command.name}: the guest agent sent a line of more than {lines.limit} bytes; ask for less, or raise max_agent_reply"
+        self._answer(command, None, TooLarge(text, limit=lines.limit, sent=True))
+        self._ledger.given_up(command.number)
         self._sync()
 
     # -- floods ---------------------------------------------------------------------------------------------------------------
 
-    def _pause(self, now: float) -> None:
+    def on_flood(self, now: float) -> None:
         """Leave the guest's bytes in the socket: its own writes will soon wait. After that the connection is opened anew, without them."""
         self._loop.remove_reader(self._socket)
         seconds = self._standing.allowance.pause(now)
@@ -341,6 +369,7 @@ class AgentSession:
         self._paused = self._loop.call_later(seconds, self._end, "opened anew after a flood")
         self._stop_asking()
         self._conversation.synced = False
+        self._note()
         self._listener.on_state(AgentState.UNRESPONSIVE, reason)
         waiting, self._waiting = self._waiting, {}
         for command in waiting.values():
@@ -380,17 +409,25 @@ class AgentSession:
         if (now < command.deadline and not command.quiet) or not taken:
             self._listener.on_state(AgentState.UNRESPONSIVE, f"{command.name} was not answered in time")
         self._answer(command, None, error)
+        if taken:
+            self._ledger.given_up(command.number)
+        else:
+            self._ledger.strike(command.number)
+        self._ledger.sending = 0
         if not self._ended:
             self._sync()
 
     def _give_up(self, command: AgentCommand) -> bool:
         """Nobody waits for the command on the wire any more. False if it has not left whole, and so will not be carried out."""
+        doubtful, self._cut = self._cut is not None, None
         self._current = None
-        if self._rest:
+        if self._writer.unfinished and not doubtful:
             self._conversation.cut()
+            self._note()
             command.sent = 0.0
             return False
         self._conversation.give_up()
+        self._note()
         given_up = self._standing.given_up
         given_up[command.number] = command
         if len(given_up) > MAX_GIVEN_UP:
@@ -400,7 +437,7 @@ class AgentSession:
     # -- end --------------------------------------------------------------------------------------------------------------------
 
     def _end(self, reason: str) -> None:
-        if not self._ended:
+        if not (self._ended or self._intake.draining):
             self.close(reason, port_open=True)
             self._listener.on_end(reason)
 

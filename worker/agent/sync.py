@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -92,8 +93,34 @@ class Conversation:
         self._old_syncs: deque[int] = deque(maxlen=OLD_SYNCS)
         self._complaints = 0  # about 0xFF that may still come
         self._current = 0
+        self._doubtful = False  # the current command was sent by an earlier worker, and may not have been whole
         self._given_up: deque[int] = deque(maxlen=MAX_GIVEN_UP)
         self._repeats_ids = False
+
+    def take_over(
+        self, *, synced: bool, repeats_ids: bool, current: int, given_up: Sequence[int], syncs: Sequence[int]
+    ) -> None:
+        """Go on with what an earlier worker said. Unless it was `synced` a sync must follow; what comes before its answer is owed still."""
+        self.synced, self._repeats_ids = synced, repeats_ids
+        self._current, self._doubtful = current, bool(current) and not synced
+        self._given_up.extend(given_up)
+        self._old_syncs.extend(syncs)
+        self._complaints = 0 if synced else OLD_SYNCS
+
+    def doubt(self) -> None:
+        """Of the answer to the current command something may be missing: it is expected until the next sync is answered."""
+        self.synced, self._doubtful = False, bool(self._current)
+        self._complaints = OLD_SYNCS
+
+    @property
+    def repeats_ids(self) -> bool:
+        """Whether the agent is known to repeat a command's id."""
+        return self._repeats_ids
+
+    @property
+    def expects_reply(self) -> bool:
+        """Whether a reply to a command may come, which a successor must not miss."""
+        return bool(self._current or self._given_up)
 
     @property
     def owed(self) -> bool:
@@ -109,6 +136,11 @@ class Conversation:
         self._complaints = min(self._complaints + 1, OLD_SYNCS)
         return b"\xff" + encode_command("guest-sync-delimited", {"id": self._sync}, self._sync)
 
+    @property
+    def sync_number(self) -> int:
+        """The number of the sync that is out; 0 if none is."""
+        return self._sync
+
     def sent(self, number: int) -> None:
         """A command with this id is on the wire."""
         self._current = number
@@ -118,19 +150,19 @@ class Conversation:
         if self._current:
             self._given_up.append(self._current)
             self._current = 0
-        self.synced = False
+        self.synced = self._doubtful = False
 
     def cut(self) -> None:
         """The current command was not sent to its end. The next sync makes the agent forget what it has of it."""
         self._current = 0
-        self.synced = False
+        self.synced = self._doubtful = False
 
     def lost(self) -> None:
         """The agent at the other end is gone, and with it what it owed."""
         self._given_up.clear()
         self._old_syncs.clear()
         self._current = self._sync = self._complaints = 0
-        self.synced = self._repeats_ids = False
+        self.synced = self._repeats_ids = self._doubtful = False
 
     def take(self, reply: Reply) -> tuple[Whose, int]:
         """Whose a reply is, and the number of its command (0 if it has none)."""
@@ -142,9 +174,8 @@ class Conversation:
         if number == self._sync:  # an error too: an agent that refuses the sync by its id is in step all the same
             self._repeats_ids = True
             return self._in_step()
-        if number == self._current and self.synced:
-            self._current = 0
-            return Whose.ANSWER, number
+        if number == self._current and (self.synced or self._doubtful):
+            return self._answered()
         if number in self._given_up:
             while self._given_up.popleft() != number:
                 pass  # in order: those before it will not be answered any more
@@ -164,16 +195,22 @@ class Conversation:
         if not self.synced and self._complaints and _is_complaint(reply):
             self._complaints -= 1
             return Whose.STALE, 0
-        if self.synced and self._current and (reply.is_error or not self._repeats_ids):
+        expected = self._current and (self.synced or self._doubtful)
+        if expected and (reply.is_error or not self._repeats_ids):
             # With ids, an error without one is still an answer: the agent could not even parse the command.
-            answered, self._current = self._current, 0
-            return Whose.ANSWER, answered
+            return self._answered()
         if not self.synced and self._given_up and not self._repeats_ids:
             return Whose.LATE, self._given_up.popleft()
         return Whose.NOISE, 0
 
+    def _answered(self) -> tuple[Whose, int]:
+        number, self._current, self._doubtful = self._current, 0, False
+        return Whose.ANSWER, number
+
     def _in_step(self) -> tuple[Whose, int]:
         self.synced = True
+        if self._doubtful:
+            self._current, self._doubtful = 0, False
         self._sync = self._complaints = 0
         self._old_syncs.clear()
         self._given_up.clear()  # in order: what has not been answered before the sync will not be

@@ -18,25 +18,15 @@ only readable when something is new, and a line longer than the socket's buffer 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Callable
-from typing import Final
 
 from ...common.page import Page, Word
 from ...common.paths import VmPaths
 from ..events import EventLog
+from .peeking import CHUNK_BYTES, Peeking
 
 log = logging.getLogger(__name__)
-
-# asm-generic/socket.h; Python has no name for it. Unix sockets only (unix(7)).
-SO_PEEK_OFF: Final = 42
-
-# One peek. Below the allocator's mmap threshold (128 KiB), and what QEMU gets into a unix socket in two or three writes.
-CHUNK_BYTES: Final = 64 * 1024
-
-_INDEX_SHIFT: Final = 56  # carry word: index of the carry file << 56 | its length
-_LENGTH_MASK: Final = (1 << _INDEX_SHIFT) - 1
 
 
 class LineTooLong(Exception):
@@ -48,11 +38,10 @@ class LineReader:
 
     def __init__(self, connection: socket.socket, page: Page, paths: VmPaths, events: EventLog, max_line: int) -> None:
         self._socket = connection
-        self._words = page.words
-        self._paths = paths
         self._events = events
+        words = (Word.PENDING, Word.CARRY, Word.NEXT_CARRY)
+        self._peeking = Peeking(connection, page, paths.carry, words, lambda: events.end_line(0))
         self._max_line = max_line
-        self._scratch = memoryview(bytearray(CHUNK_BYTES))
         self._carry: list[bytes] = []  # the same bytes as in the carry file
         self._carry_length = 0
         self._skip = 0  # bytes of the next chunk that a predecessor has dealt with
@@ -64,35 +53,26 @@ class LineReader:
 
     def begin(self) -> None:
         """For a connection that nobody has read from: forget what the page says about an older one."""
-        self._words[Word.PENDING] = 0
-        self._words[Word.CARRY] = 0
-        self._events.end_line(0)
-        self._socket.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        self._peeking.begin()
 
     def take_over(self) -> None:
         """For a connection that a predecessor has read from: finish its last step, and know what it had dealt with."""
-        peeked = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-        if self._words[Word.PENDING]:
-            self._consume_bytes(max(peeked, 0))
-            self._settle_consumption()
-        self._socket.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        self._peeking.take_over()
         self._skip = self._events.done
-        carry = self._words[Word.CARRY]
-        self._carry_length = carry & _LENGTH_MASK
+        self._carry_length = self._peeking.carry_length
         if self._carry_length:
-            self._carry = [self._read_carry(carry >> _INDEX_SHIFT)]
+            self._carry = [self._read_carry()]
 
-    def _read_carry(self, index: int) -> bytes:
+    def _read_carry(self) -> bytes:
         """What a predecessor has kept of an unfinished line. Where that is gone the line makes no sense, and is dropped as such."""
         try:
-            with self._paths.carry(index).open("rb") as file:
-                carried = file.read(self._carry_length)
+            carried = self._peeking.read_carry()
         except OSError as error:
             log.error("the beginning of a monitor line is lost: %s", error)
             carried = b""
         if len(carried) < self._carry_length:
             log.error("of the beginning of a monitor line %d bytes are lost", self._carry_length - len(carried))
-            carried += b"\0" * min(self._carry_length - len(carried), 1)
+            carried += b"\0"
         self._carry_length = len(carried)
         return carried
 
@@ -143,35 +123,12 @@ class LineReader:
         return line
 
     def _consume(self, count: int, rest: bytes, *, continues: bool) -> None:
-        carry = self._words[Word.CARRY]
-        index = carry >> _INDEX_SHIFT
+        index = self._peeking.carry_index
         if rest:
             if self._carry_length + len(rest) > self._max_line:
                 raise LineTooLong(f"a line of more than {self._max_line} bytes")
-            # What the old carry file holds must stay valid until the consumption is settled: a new line's start goes to the other file.
             index = index if continues else 1 - index
-            fd = os.open(self._paths.carry(index), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                written = 0
-                while written < len(rest):  # a full disk takes a part first, and says so only when asked again
-                    written += os.pwrite(fd, rest[written:], self._carry_length + written)
-            finally:
-                os.close(fd)
+            self._peeking.write_carry(index, rest, self._carry_length)
             self._carry.append(rest)
             self._carry_length += len(rest)
-        self._words[Word.NEXT_CARRY] = index << _INDEX_SHIFT | self._carry_length
-        self._words[Word.PENDING] = count
-        self._consume_bytes(count)
-        self._settle_consumption()
-
-    def _consume_bytes(self, count: int) -> None:
-        while count:
-            got = self._socket.recv_into(self._scratch[: min(count, CHUNK_BYTES)])
-            if not got:
-                return
-            count -= got
-
-    def _settle_consumption(self) -> None:
-        self._events.end_line(0)
-        self._words[Word.CARRY] = self._words[Word.NEXT_CARRY]
-        self._words[Word.PENDING] = 0
+        self._peeking.consume(count, index, self._carry_length)

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from ...common.page import LEDGER_SLOTS, Page, Word, float_to_word, word_to_float
+from ...common.page import LEDGER_SLOTS, Page, Word, float_to_word, text_to_words, word_to_float, words_to_text
 from ..events import LineChange
 
 _TAKEN: Final = 1
@@ -82,9 +82,8 @@ class Ledger:
         slot[3] = float_to_word(owed.deadline)
         slot[4] = len(owed.key)
         if owed.key:
-            padded = owed.key.ljust(_KEY_WORDS * 8, b"\0")
-            for at in range(_KEY_WORDS):
-                slot[_KEY_AT + at] = int.from_bytes(padded[at * 8 : at * 8 + 8], "little")
+            for at, word in enumerate(text_to_words(owed.key, _KEY_WORDS), _KEY_AT):
+                slot[at] = word
         slot[0] = _TAKEN | (_READING if owed.reading else 0) | (_OOB if owed.oob else 0)
         self._slot_of[owed.qmp_id] = index
 
@@ -117,7 +116,7 @@ class Ledger:
         for qmp_id in sorted(self._slot_of):
             slot = self._slots[self._slot_of[qmp_id]]
             length = min(slot[4], _KEY_WORDS * 8)
-            key = b"".join(slot[_KEY_AT + at].to_bytes(8, "little") for at in range(_KEY_WORDS))[:length]
+            key = words_to_text([slot[_KEY_AT + at] for at in range(_KEY_WORDS)])[:length]
             yield Owed(
                 qmp_id=qmp_id,
                 request=slot[2],

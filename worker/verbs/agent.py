@@ -13,7 +13,7 @@ import msgspec
 
 from ...common.errors import BadRequest, DeadlineExceeded, OutcomeUnknown
 from ..agent.freeze import FREEZES
-from ..qmp.commands import awaited
+from ..qmp.commands import Done, awaited
 from .request import Request
 
 if TYPE_CHECKING:
@@ -43,31 +43,19 @@ class AgentArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
 
 
-async def agent(app: App, request: Request, arguments: AgentArguments) -> Any:
-    """One command for the guest agent, its `return` as the result; with `hold`: `{thawed: why}` once the guest is thawed."""
-    if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
-        raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
-    if arguments.hold:
-        return await _hold(app, request, arguments)
-    return await _submit(app, request, arguments)
+def agent(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    """One command for the guest agent, its `return` as the result. Answered on the loop, so that the page keeps it until it is."""
+    try:
+        _check(arguments)
+    except BadRequest as error:
+        done(None, error)
+    else:
+        _submit(app, request, arguments, done)
 
 
-async def _submit(app: App, request: Request, arguments: AgentArguments) -> Any:
-    answered, done = awaited(app.loop)
-    name = arguments.command
-    app.vm.agent.submit(
-        name,
-        arguments.arguments,
-        done=done,
-        deadline=request.deadline,
-        request=request.number,
-        reading=request.reading or name in _READING or name.startswith("guest-get-"),
-        freeze_limit=arguments.limit,
-    )
-    return await answered
-
-
-async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
+async def hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
+    """A freeze for as long as whoever asked stays: `{thawed: why}` once the guest is thawed."""
+    _check(arguments)
     guard = app.vm.agent.guard
     if request.begun is not None:  # by an earlier worker, which its caller's freeze ends with
         guard.thaw("worker lost")
@@ -88,7 +76,7 @@ async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[s
     frozen = False
     ends = [guard.on_thawed(on_thawed), app.requests.on_cancel(request.number, on_gone)]
     try:
-        count = await _submit(app, request, arguments)
+        count = await _freeze(app, request, arguments)
         if count == 0:
             return {"thawed": "there was nothing to freeze"}
         frozen = True
@@ -101,6 +89,42 @@ async def _hold(app: App, request: Request, arguments: AgentArguments) -> dict[s
             end()
         if frozen and not thawed.done():  # the request ends before its freeze
             guard.thaw("request over")
+
+
+def holds(arguments: Any) -> bool:
+    """Whether a request is a freeze that lasts as long as whoever asked for it stays."""
+    return isinstance(arguments, AgentArguments) and arguments.hold
+
+
+def only_looks(command: str) -> bool:
+    """Whether a command of the agent's is safe to repeat."""
+    return command in _READING or command.startswith("guest-get-")
+
+
+def _check(arguments: AgentArguments) -> None:
+    if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
+        raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
+
+
+def _submit(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    name = arguments.command
+    app.vm.agent.submit(
+        name,
+        arguments.arguments,
+        done=done,
+        deadline=request.deadline,
+        request=request.number,
+        reading=request.reading or only_looks(name),
+        freeze_limit=arguments.limit,
+        key=request.key,
+        held=arguments.hold,
+    )
+
+
+async def _freeze(app: App, request: Request, arguments: AgentArguments) -> Any:
+    answered, done = awaited(app.loop)
+    _submit(app, request, arguments, done)
+    return await answered
 
 
 async def _until_thawed(app: App, request: Request, thawed: asyncio.Future[str]) -> str:

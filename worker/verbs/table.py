@@ -21,7 +21,7 @@ _ROWS: Final = (
     Verb("undefine", definition.UndefineArguments, Lane.TURN, run=definition.undefine, begins=True),
     Verb("qmp", monitor.QmpArguments, Lane.TURN, direct=monitor.qmp),
     Verb("hmp", monitor.HmpArguments, Lane.TURN, direct=monitor.hmp),
-    Verb("agent", agent.AgentArguments, Lane.READ, run=agent.agent),
+    Verb("agent", agent.AgentArguments, Lane.READ, run=agent.hold, direct=agent.agent),
     Verb("events", monitor.EventsArguments, Lane.READ, run=monitor.events),
 )
 
