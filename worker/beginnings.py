@@ -25,9 +25,10 @@ from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail, mark_of
 from .qemu.recognise import recognise
 from .recognition import FACT, UNRECOGNISED, WAY_OUT, hold_again
+from .run_page import Fact
 from .runfile import Run, boot_id
 from .transitions import Move
-from .vm import END_GRACE, Fact, Vm
+from .vm import END_GRACE, Vm
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         connection.close()
         raise
     epoch = vm.begin_run("attached")
-    vm.note(Fact.ATTACHED)
+    vm.noted.note(Fact.ATTACHED)
     run = Run(
         epoch=epoch,
         boot_id=boot_id(),

@@ -144,7 +144,7 @@ class Reconnection:
         newest: float | None = None  # when QEMU last said something: there was a connection then
         assert vm.run is not None
         for count, event in enumerate(vm.events.since(Cursor(vm.run.epoch, 0))):
-            note(before, event, vm.agent_port_id)
+            note(before, event, vm.agent.port_id)
             if event.origin == "qmp":
                 newest = event.time / 1e6
             if count % AT_ONCE == AT_ONCE - 1:

@@ -17,20 +17,19 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from enum import IntFlag
 from typing import Any, Final
 
 import msgspec
 
 from ..common.errors import MonitorLost, NotRunning, OutcomeUnknown, QmpError, VmloopError
 from ..common.names import VmName
-from ..common.page import Page, Word
+from ..common.page import Page
 from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
 from .agent.ledger import AgentOwed
-from .events import Effect, Event, EventLog
+from .events import Effect, EventLog
 from .keeper import Keeper
 from .qemu.process import QemuProcess, describe_exit
 from .qmp.commands import Command, Done
@@ -39,6 +38,7 @@ from .qmp.ledger import Ledger, Owed
 from .qmp.session import QmpSession
 from .qmp.writer import end_connection
 from .reconnection import Reconnection
+from .run_page import Fact, RunPage
 from .runfile import Run, RunEnd, RunFile, clear_run_directory, read_run, salvage_run
 from .transitions import Move, of_end, of_ended, of_event, of_status
 from .waiting import Waiters
@@ -47,17 +47,6 @@ log = logging.getLogger(__name__)
 
 # QEMU closes its monitor a moment before it has ended: wait this long before a closed monitor means trouble.
 END_GRACE: Final = 2.0
-
-_STATES: Final = tuple(VmState)
-
-
-class Fact(IntFlag):
-    """What the next worker must know of the run; kept on the page."""
-
-    STARTED = 1  # it came up once
-    SHUTDOWN_SEEN = 2
-    KILLED = 4  # vmloop ended it
-    ATTACHED = 8  # somebody else started it
 
 
 class Vm:
@@ -86,11 +75,11 @@ class Vm:
         self.events = events
         self.loop = loop
         self.settings = settings
+        self.noted = noted = RunPage(page)
         had_run = paths.run_file.exists()
         self.run: Run | None = read_run(paths.run_file)
         if had_run and self.run is None:
-            attached = bool(page.words[Word.FACTS] & Fact.ATTACHED)
-            self.run = salvage_run(paths, page.words[Word.EPOCH], attached=attached)
+            self.run = salvage_run(paths, noted.epoch, attached=noted.has(Fact.ATTACHED))
         self.session: QmpSession | None = None
         self.process: QemuProcess | None = None
         self.intent = ""  # the reason that the next state change has, set by who asks for it
@@ -106,18 +95,17 @@ class Vm:
         self._ending = False
         self._killed_for = ""  # the reason of a kill that is not the operator's
         self.reconnection = Reconnection(self)
-        self.agent_port_id: str | None = None  # the agent's port in QEMU's events, if it is known
         self._waiters = Waiters(loop)
         self.wait_until = self._waiters.wait
         self._settling_in: asyncio.Task[None] | None = None
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         for event in events.unsettled:
-            self._put_on_page(event)
-        self._since = page.words[Word.SINCE]
-        if self.run is not None and self.run.ended is None and page.words[Word.EPOCH] >= self.run.epoch:
+            noted.put(event)
+        self._since = noted.since
+        if self.run is not None and self.run.ended is None and noted.epoch >= self.run.epoch:
             # A later epoch on the page is one that a full disk did not take into run.json.
-            self.run = msgspec.structs.replace(self.run, epoch=page.words[Word.EPOCH])
-            first = Move(_STATES[page.words[Word.STATE] % len(_STATES)], page.state_reason())
+            self.run = msgspec.structs.replace(self.run, epoch=noted.epoch)
+            first = noted.state
         elif self.run is not None and self.run.ended is None:
             first = Move(VmState.UNKNOWN, "not looked at yet")
             self.page_lost = True
@@ -147,13 +135,6 @@ class Vm:
         """When the VM entered its state, seconds since 1970."""
         return self._since / 1e6
 
-    def fact(self, fact: Fact) -> bool:
-        return bool(self._page.words[Word.FACTS] & fact)
-
-    def note(self, fact: Fact) -> None:
-        """Remember a fact of this run, for this worker and the next."""
-        self._page.words[Word.FACTS] |= fact
-
     def require_session(self) -> QmpSession:
         """The monitor's session, negotiated. `NotRunning` without a run, `MonitorLost` without a connection."""
         if self.session is not None and self.session.settled:
@@ -162,13 +143,6 @@ class Vm:
             raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
         raise MonitorLost(f"VM {self.name}: no connection to its monitor ({self.monitor.reason}); it is sought again")
 
-    async def settle_by_query(self, deadline: float) -> None:
-        """Ask QEMU for the state: an event that should have come has not."""
-        seconds = deadline - self.loop.time()
-        move = of_status(await self.require_session().execute("query-status", seconds=seconds))
-        if move.state is not self.state.state and self.state.can(move.state):
-            self.state.move(move.state, self.intent or move.reason)
-
     # -- the run --------------------------------------------------------------------------------------------------------------
 
     def begin_run(self, reason: str) -> int:
@@ -176,12 +150,9 @@ class Vm:
         # run.json, the page or the journal may have been lost: a number is never given to two runs.
         epoch = max(self.run.epoch if self.run is not None else 0, self.events.newest_epoch) + 1
         self.events.begin_epoch(epoch)
-        self._page.words[Word.FACTS] = 0
-        self._page.words[Word.QMP_ID] = 0
-        self._page.words[Word.FROZEN_UNTIL] = 0
+        self.noted.begin()
         self._ending = False
-        incarnation = self._page.words[Word.INCARNATION]
-        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": incarnation})
+        self.events.emit("WORKER_STARTED", {"pid": os.getpid(), "incarnation": self.noted.incarnation})
         self.state.move(VmState.STARTING, reason)
         return epoch
 
@@ -244,7 +215,7 @@ class Vm:
 
     def take_status(self, move: Move) -> None:
         """It has come up, and is in this state."""
-        self.note(Fact.STARTED)
+        self.noted.note(Fact.STARTED)
         if self.state.can(move.state):
             self.state.move(move.state, move.reason)
         self.changed()
@@ -319,7 +290,7 @@ class Vm:
     @property
     def came_up(self) -> bool:
         """Whether this run's monitor was there once."""
-        return self.fact(Fact.STARTED)
+        return self.noted.has(Fact.STARTED)
 
     # -- what the session tells ------------------------------------------------------------------------------------------------
 
@@ -329,9 +300,9 @@ class Vm:
         self.events.emit(name, data, "qmp", at)
         # A watchdog that powers off says nothing else (QEMU 7.2): the end that follows is no crash.
         if name == "SHUTDOWN" or (name == "WATCHDOG" and data.get("action") == "poweroff"):
-            self.note(Fact.SHUTDOWN_SEEN)
+            self.noted.note(Fact.SHUTDOWN_SEEN)
         elif name == "RESUME":
-            self._page.words[Word.FACTS] &= ~Fact.SHUTDOWN_SEEN
+            self.noted.strike(Fact.SHUTDOWN_SEEN)
         move = of_event(self.state.state, name, data, self.intent)
         if move is not None and self.state.can(move.state):
             self.state.move(move.state, move.reason)
@@ -357,7 +328,7 @@ class Vm:
             return
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
-        elif self.fact(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
+        elif self.noted.has(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
             self.finish("it closed its monitor after SHUTDOWN")
         else:
             self.reconnection.begin()
@@ -372,18 +343,9 @@ class Vm:
             data["detail"] = self.exit_text
         with self.events.together():
             event = self.events.emit("VM_STATE", data)
-            self.events.with_line(Effect(lambda: self._put_on_page(event)))
+            self.events.with_line(Effect(lambda: self.noted.put(event)))
         self._since = event.time
         self.changed()
-
-    def _put_on_page(self, event: Event) -> None:
-        """What an event says of the VM, for the next worker. May be done twice."""
-        if event.event == "VM_STATE":
-            names = [state.value for state in _STATES]
-            if event.data.get("new") in names:  # else of a later vmloop, whose journal this is
-                self._page.put_state(names.index(event.data["new"]), str(event.data.get("reason")), event.time)
-        elif event.event == "AGENT_THAWED":
-            self._page.words[Word.FROZEN_UNTIL] = 0
 
     def _on_monitor(self, old: MonitorState, new: MonitorState, reason: str) -> None:
         self.events.emit("MONITOR_STATE", {"old": old.value, "new": new.value, "reason": reason})
@@ -405,7 +367,7 @@ class Vm:
         """
         if self.process is None or self.run is None or not self.run.may_kill:
             raise NotRunning(f"VM {self.name}: vmloop knows no process that is surely this VM's")
-        self.note(Fact.KILLED)
+        self.noted.note(Fact.KILLED)
         self._killed_for = reason
         self.process.kill()
 
@@ -421,8 +383,8 @@ class Vm:
             self.session.drain()
         if self.process is not None:
             self.exit_text = describe_exit(self.process.status())
-        killed, started = self.fact(Fact.KILLED), self.fact(Fact.STARTED)
-        move = of_end(killed=killed, started=started, shutdown_seen=self.fact(Fact.SHUTDOWN_SEEN))
+        killed, started = self.noted.has(Fact.KILLED), self.noted.has(Fact.STARTED)
+        move = of_end(killed=killed, started=started, shutdown_seen=self.noted.has(Fact.SHUTDOWN_SEEN))
         reason = reason or (self._killed_for if killed else "") or move.reason
         self.settle(Move(move.state, reason), why or f"QEMU {self.exit_text}")
 

@@ -30,8 +30,8 @@ import pytest
 from vmloop.common.errors import MonitorLost, NotRunning, OutcomeUnknown, VmloopError
 from vmloop.common.page import Word
 from vmloop.common.states import MonitorState, VmState
+from vmloop.worker.run_page import Fact
 from vmloop.worker.runfile import read_run
-from vmloop.worker.vm import Fact
 
 from ..fakes.vm_bench import VmBench, run
 
@@ -296,7 +296,7 @@ def test_a_vm_that_cannot_be_noted_as_let_go_is_held_as_before(tmp_path: Path) -
         hindrance.rmdir()
         bench.vm.detach()
         assert bench.vm.gone.is_set()
-        assert not bench.vm.fact(Fact.KILLED)
+        assert not bench.vm.noted.has(Fact.KILLED)
         assert bench.child is not None
         assert Path(f"/proc/{bench.child.pid}/stat").exists()
 

@@ -74,7 +74,7 @@ class GuestAgent:
         self._on_status = on_status
         self._section = AgentSection()
         self._path: str | None = None
-        self._port_id: str | None = None
+        self.port_id: str | None = None
         self._open = False
         self._session: AgentSession | None = None
         self._standing = self._new_standing()
@@ -95,7 +95,7 @@ class GuestAgent:
     ) -> None:
         """A run has begun, or (taken_over) goes on under a new worker. port_id: the id in VSERPORT_CHANGE, None if not known."""
         self.close("a new run begins", over=not taken_over)
-        self._path, self._section, self._port_id = socket_path, section, port_id
+        self._path, self._section, self.port_id = socket_path, section, port_id
         self._standing = self._new_standing()
         self._openings = Openings()
         self.guard.begin(taken_over=taken_over)
@@ -279,10 +279,10 @@ class GuestAgent:
         if self._path is None:
             return
         opened = data.get("open")
-        if self._port_id is None:
+        if self.port_id is None:
             if self._query is not None and self._holding is None:
                 self.look(self._query)
-        elif data.get("id") == self._port_id and isinstance(opened, bool):
+        elif data.get("id") == self.port_id and isinstance(opened, bool):
             self._on_port(opened)
 
     async def _look(self) -> None:
@@ -323,7 +323,7 @@ class GuestAgent:
 
     def _after_hold(self) -> None:
         self._holding = None
-        if self._port_id is None and self._query is not None:
+        if self.port_id is None and self._query is not None:
             self._open = False
             self.look(self._query)
         elif self._open:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said on a monitor, as values: commands, the greeting, QEMU's errors and times. Pure; used by session.py.
+"""What is said on a monitor, as values: commands, the greeting, QEMU's errors and times; and who is told. Pure; used by session.py.
 
 From the other side nothing is taken for granted: every function here takes any JSON value.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from ...common.errors import BadRequest, MonitorLost, NotRunning, OutcomeUnknown, QmpError, TooLarge, VmloopError
+from ...common.states import MonitorState
 
 MAX_COMMAND_BYTES: Final = 16 * 1024 * 1024
 ERROR_TEXT: Final = 2000  # characters of QEMU's error text that are passed on
@@ -43,6 +44,15 @@ class Greeting(msgspec.Struct, frozen=True):
     version: tuple[int, int, int]
     package: str
     capabilities: tuple[str, ...]
+
+
+class Listener(Protocol):
+    """What a session tells its VM. None of these may raise."""
+
+    def on_event(self, name: str, data: dict[str, Any], at: int) -> None: ...
+    def on_monitor_state(self, state: MonitorState, reason: str) -> None: ...
+    def on_late(self, command: Command, reply: dict[str, Any]) -> None: ...
+    def on_end(self, reason: str) -> None: ...
 
 
 def awaited(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Future[Any], Done]:

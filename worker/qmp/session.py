@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -37,6 +37,7 @@ from .commands import (
     Command,
     Done,
     Greeting,
+    Listener,
     awaited,
     encode_command,
     end_of,
@@ -57,15 +58,6 @@ REPAIR_SECONDS: Final = (
     3600.0  # QEMU answers in order, however late; the cut command's caller has a deadline of its own
 )
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
-
-
-class Listener(Protocol):
-    """What a session tells its VM. None of these may raise."""
-
-    def on_event(self, name: str, data: dict[str, Any], at: int) -> None: ...
-    def on_monitor_state(self, state: MonitorState, reason: str) -> None: ...
-    def on_late(self, command: Command, reply: dict[str, Any]) -> None: ...
-    def on_end(self, reason: str) -> None: ...
 
 
 class QmpSession:

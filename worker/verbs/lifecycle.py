@@ -30,10 +30,12 @@ from ...common.states import VmState
 from .. import beginnings
 from ..qemu.launch import log_tail
 from ..recognition import FACT, WAY_OUT, hold_again
+from ..transitions import of_status
 from .request import NoArguments, Request
 
 if TYPE_CHECKING:
     from ..app import App
+    from ..vm import Vm
 
 # How long a QEMU may take to end after SIGKILL before it counts as stuck in the kernel (an unreachable disk).
 KILL_SECONDS = 30.0
@@ -255,10 +257,17 @@ async def _ask(app: App, request: Request, command: str, intent: str, met: Any) 
     try:
         await app.requests.command(request, command, deadline=request.deadline)
         if not met():
-            await vm.settle_by_query(min(request.deadline, app.loop.time() + SETTLE_SECONDS))
+            await _settle_by_query(vm, min(request.deadline, app.loop.time() + SETTLE_SECONDS))
     finally:
         vm.intent = ""
     return _state(app)
+
+
+async def _settle_by_query(vm: Vm, deadline: float) -> None:
+    """An event that should have come has not: ask QEMU for the state."""
+    move = of_status(await vm.require_session().execute("query-status", seconds=deadline - vm.loop.time()))
+    if move.state is not vm.state.state and vm.state.can(move.state):
+        vm.state.move(move.state, vm.intent or move.reason)
 
 
 async def _wait_gone_or_quit(app: App, request: Request, until: float) -> None:
