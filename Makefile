@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo | test | check | bench   each makes its own .venv first
+# make chaos                         faults at random for ten minutes; ARGS='--seed 7 --seconds 600 --vms 30'
 # make format | clean                PYTHON=python3.12 picks another interpreter, ARGS='-k wire' goes to pytest
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 STAMPED := $(shell cat $(STAMP) 2>/dev/null)
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench format clean venv bootstrap FORCE
+.PHONY: help demo test check bench chaos format clean venv bootstrap FORCE
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -32,6 +33,9 @@ check: venv
 
 bench: venv
 	$(BIN)/python -m vmloop.tests.bench $(ARGS)
+
+chaos: bootstrap venv
+	$(BIN)/python -m vmloop.tests.system.chaos $(ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .
