@@ -87,7 +87,7 @@ def in_thread(stage: Stage, name: str, act: Callable[[Stage, str], None]) -> thr
         except Exception as error:  # noqa: BLE001 - a client that ends before its time is a finding, told with the others
             stage.broken.append(f"client {name} ended: {error!r}")
 
-    thread = threading.Thread(target=run, name=name)
+    thread = threading.Thread(target=run, name=name, daemon=True)  # one that hangs is told, and must not keep the test
     thread.start()
     return thread
 

@@ -36,6 +36,7 @@ SLOWNESS: Final = 0.05  # seconds over each event
 RENEW_AFTER: Final = 25  # events
 MAX_ERRORS: Final = 30  # streams opened again by one reader
 TIMEOUT: Final = 10.0  # seconds of one request of a reader
+ENDING: Final = 35.0  # seconds after its time is over: a page is asked for three times at most
 
 HABITS: Final = ("slow", "late", "renewed")
 
@@ -70,7 +71,9 @@ class Followers:
         self._targets = targets
         self._finishing.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, self._until + ENDING - time.monotonic()))
+            if thread.is_alive():
+                self._stage.broken.append(f"reader {thread.name} does not end: what it waits for is past its deadline")
         return self.readings
 
     def _spawn(self, name: str, act: Callable[[], None]) -> None:
@@ -80,7 +83,7 @@ class Followers:
             except Exception as error:  # noqa: BLE001 - a reader that ends before its time is a finding, told with the others
                 self._stage.broken.append(f"reader {name} ended: {error!r}")
 
-        thread = threading.Thread(target=run, name=name)
+        thread = threading.Thread(target=run, name=name, daemon=True)  # as in commands.py
         thread.start()
         self._threads.append(thread)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Final
 
-from .recording import Recording
+from .recording import NO_ANSWER, Recording
 from .streams import LOST, is_marker, stream_of
 from .violation import Violation
 
@@ -18,7 +18,8 @@ def figures(recording: Recording, violations: list[Violation]) -> dict[str, Any]
     streams = [stream_of([reading for reading in recording.readings if reading.vm == vm])[0] for vm in recording.vms]
     events = [told for stream in streams for told in stream.values()]
     rules = Counter(violation.rule for violation in violations)
-    slowest = max(recording.commands, key=lambda command: command.ended - command.began, default=None)
+    answered = [command for command in recording.commands if command.outcome != NO_ANSWER]
+    slowest = max(answered, key=lambda command: command.ended - command.began, default=None)
     return {
         "seed": recording.seed,
         "seconds": round(recording.ended - recording.began, 1),

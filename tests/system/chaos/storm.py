@@ -34,6 +34,7 @@ from .witness import Witness
 # Workers that the plan kills many times are not to be waited for longer and longer.
 SETTINGS: Final = "[restart]\nfirst_delay = 0.05\nmax_delay = 0.5\n"
 
+CLIENT_SECONDS: Final = 40.0  # for commands under way: each has a deadline, the longest is that of a start
 SETTLE_SECONDS: Final = 20.0  # until every VM has a ready worker and a known state again
 READ_SECONDS: Final = 15.0  # for all readers to come to the end
 FILES_SECONDS: Final = 10.0  # for the broker and the zygote to let go of what they hold for VMs that are gone
@@ -122,8 +123,13 @@ class _Run:
         faults = Faults(self._site, self._actors, self._census, self._claims, self._recording.broken)
         faults.run(strikes_of(self._scenario), self._scenario.seconds)
         self._stage.stop.set()
+        until = time.monotonic() + CLIENT_SECONDS
         for client in clients:
-            client.join()  # each command has its deadline
+            client.join(max(0.0, until - time.monotonic()))
+            if client.is_alive():
+                self._recording.broken.append(
+                    f"client {client.name} does not end: a command of its is past its deadline"
+                )
         self._recording.faults = faults.injected
         self._recording.missed = faults.missed
 

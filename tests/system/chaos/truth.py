@@ -129,8 +129,8 @@ class Census:
             self._poll.register(pidfd, select.POLLIN)
 
     def _look_for_zygotes(self) -> None:
-        now = time.monotonic()
         found = set(zygotes_of(self._site.root))
+        now = time.monotonic()  # afterwards: what is missing ended before this, and not before the last look
         for place, life in enumerate(self.zygotes):
             if life.gone is None and life.pid not in found:
                 self.zygotes[place] = msgspec.structs.replace(life, gone=now)

@@ -7,14 +7,18 @@ The rules stand in answers.py, streams.py and liveness.py; those about leftovers
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
-from .answers import SEEN_WITHIN, wrong_answers
+from .answers import wrong_answers
 from .excuses import Excuses
 from .liveness import wrong_claims
 from .plan import KILL, ZYGOTE
 from .recording import Recording
 from .streams import wrong_streams
 from .violation import Violation
+
+# All of /proc is read to see that a zygote has ended, a few times a second.
+SEEN_WITHIN: Final = 3.0  # seconds
 
 
 def judge(recording: Recording) -> list[Violation]:
