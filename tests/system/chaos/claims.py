@@ -24,12 +24,16 @@ class Claims:
         self._root = root
         self._broken = broken
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="claims")
+        self._thread = threading.Thread(target=self._run, name="claims", daemon=True)
         self.claims: list[Claim] = []
         self.workers: dict[str, int | None] = {}  # VM → the pid of its worker, as last told
 
     def start(self) -> None:
         self._thread.start()
+
+    def give_up(self) -> None:
+        """End soon; nobody waits for it."""
+        self._stop.set()
 
     def stop(self) -> list[Claim]:
         self._stop.set()

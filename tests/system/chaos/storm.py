@@ -62,7 +62,12 @@ def storm(scenario: Scenario, keep: Path | None = None) -> Recording:
     site = Site(SETTINGS)
     try:
         site.start_broker()
-        _Run(site, scenario, recording).run()
+        run = _Run(site, scenario, recording)
+        try:
+            run.run()
+        except Exception as error:  # noqa: BLE001 - what keeps a run from its end is a finding, told with what was recorded until then
+            recording.broken.append(f"the run came to no end: {error!r}")
+            run.give_up()
     finally:
         if keep is not None:
             _keep(site, keep)
@@ -114,6 +119,15 @@ class _Run:
         self._strike()
         self._settle()
         self._end(files)
+
+    def give_up(self) -> None:
+        """Tell all threads to end."""
+        self._stage.stop.set()
+        self._claims.give_up()
+        self._census.give_up()
+        for witness in self._witnesses:
+            witness.give_up()
+        self._followers.finish({}, 0.0)
 
     def _strike(self) -> None:
         clients = [in_thread(self._stage, name, blocking) for name in ("blocking0", "blocking1")]

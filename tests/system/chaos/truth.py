@@ -46,10 +46,14 @@ class Census:
         self._candidates: set[int] = set()
         self.lives: list[Life] = []  # of those that are gone
         self.zygotes: list[Life] = []
-        self._thread = threading.Thread(target=self._run, name="census")
+        self._thread = threading.Thread(target=self._run, name="census", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def give_up(self) -> None:
+        """End soon; nobody waits for it."""
+        self._stop.set()
 
     def stop(self) -> list[Life]:
         """All that lived; those that still do have no `gone`."""

@@ -30,10 +30,14 @@ class Witness:
         self._actor = actor
         self._stop = threading.Event()
         self.accounts: list[Account] = []
-        self._thread = threading.Thread(target=self._run, name=f"witness of {actor.name}")
+        self._thread = threading.Thread(target=self._run, name=f"witness of {actor.name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def give_up(self) -> None:
+        """End soon; nobody waits for it."""
+        self._stop.set()
 
     def stop(self) -> list[Account]:
         """Call it while the VM still runs: at the end its marks are asked for."""
