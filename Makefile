@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo | test | check | bench | fuzz   each makes its own .venv first
+# make chaos                         faults at random for ten minutes; ARGS='--seed 7 --seconds 600 --vms 30'
 # make format | clean                PYTHON=python3.12 picks another interpreter, ARGS='-k wire' goes to pytest
 # make fuzz ARGS='--seconds 10 frame doors'                  all targets for a minute each if none is named
 
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 STAMPED := $(shell cat $(STAMP) 2>/dev/null)
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench fuzz format clean venv bootstrap FORCE
+.PHONY: help demo test check bench fuzz chaos format clean venv bootstrap FORCE
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -39,6 +40,9 @@ fuzz: venv
 	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("atheris") is None)' || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: 'atheris>=2.3' || true
 	$(BIN)/python -m vmloop.tests.fuzz $(ARGS)
+
+chaos: bootstrap venv
+	$(BIN)/python -m vmloop.tests.system.chaos $(ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .

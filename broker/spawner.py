@@ -95,7 +95,8 @@ class Spawner:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                process_group=0,
+                # A session of its own: a process group that is orphaned with a stopped member gets SIGHUP from the kernel, all of it.
+                start_new_session=True,
                 pass_fds=[listener.fileno()],
                 cwd="/",
             )

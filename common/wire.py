@@ -36,6 +36,7 @@ _ID: Final = struct.Struct("<Q")
 _ID_AND_SECONDS: Final = struct.Struct("<Qd")
 _F64: Final = struct.Struct("<d")
 _ID_AT: Final = 8
+KIND_AT: Final = 4
 _FLAGS_AT: Final = 5
 _SECONDS_AT: Final = 16
 

@@ -27,9 +27,11 @@ from ..common.sockets import (
     readable,
     ready_events,
 )
+from ..common.wire import KIND_AT, Kind
 
 log = logging.getLogger(__name__)
 
+_EVENT: Final = bytes((Kind.EVENT,))
 BATCH: Final = 64  # messages taken before the loop's other work gets its turn
 
 
@@ -63,7 +65,7 @@ class Link:
         loop.call_soon(loop.call_soon, self._on_connection)
 
     def send(self, frame: bytes) -> None:
-        """Send a frame, or keep it until the broker is there. Never blocks; the oldest is dropped when too many wait."""
+        """Send a frame, or keep it until the broker is there. Never blocks; when too many wait, events go first: the journal has them."""
         if self.connected and not self._outbox:
             try:
                 self._socket.send(frame, SEND)
@@ -74,10 +76,25 @@ class Link:
             return
         self._outbox.append(frame)
         if len(self._outbox) > self._limit:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop the older half of the events that wait, which subscribers read from the journal; if there are none, what is oldest."""
+        waiting = len(self._outbox)
+        events = sum(frame[KIND_AT : KIND_AT + 1] == _EVENT for frame in self._outbox)
+        spare = (events + 1) // 2
+        if spare:
+            kept: deque[bytes] = deque()
+            for frame in self._outbox:
+                if spare and frame[KIND_AT : KIND_AT + 1] == _EVENT:
+                    spare -= 1
+                else:
+                    kept.append(frame)
+            self._outbox = kept
+        else:
             self._outbox.popleft()
-            self.dropped += 1
-            if self.dropped == 1 or self.dropped % 1000 == 0:
-                log.warning("the broker is away and the outbox is full: %d messages dropped so far", self.dropped)
+        self.dropped += waiting - len(self._outbox)
+        log.warning("the broker is away and the outbox is full: %d messages dropped so far", self.dropped)
 
     def filenos(self) -> list[int]:
         """The fds on which ZeroMQ tells its news."""

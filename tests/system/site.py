@@ -91,12 +91,12 @@ class Site:
         assert line.startswith(ready), line
         return child
 
-    def simulate(self, count: int, prefix: str = "sim") -> tuple[Path, list[str]]:
-        """Simulated VMs, many in one process: their directory and names; sockets are DIR/NAME.qmp and DIR/NAME.qga."""
+    def simulate(self, count: int, prefix: str = "sim", *more: str) -> tuple[Path, list[str]]:
+        """Simulated VMs, many in one process: their directory and names; sockets are DIR/NAME.qmp and DIR/NAME.qga. `more`: arguments."""
         directory = self.root / "s"
         directory.mkdir(exist_ok=True)
         program = [sys.executable, "-m", "vmloop.worker.qemu.simulated", "--directory", str(directory)]
-        self.start([*program, "--count", str(count), "--prefix", prefix], b"ready")
+        self.start([*program, "--count", str(count), "--prefix", prefix, *more], b"ready")
         return directory, sorted(path.stem for path in directory.glob(f"{prefix}*.qmp"))
 
     # -- the end ------------------------------------------------------------------------------------------------------------

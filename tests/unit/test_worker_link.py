@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from vmloop.common.sockets import WORKER_QUEUE, bind_router, edge_fd, ipc
+from vmloop.common.wire import Kind, Message, encode
 from vmloop.worker.link import BATCH, Link
 
 from ..fakes.raw_qmp import DEADLINE, LOOK_AGAIN
@@ -168,6 +169,27 @@ def test_a_full_outbox_drops_the_oldest_counts_them_and_says_so(
     with caplog.at_level(logging.WARNING):
         run(tmp_path, test, outbox=10)
     assert "outbox is full" in caplog.text
+
+
+def test_of_a_full_outbox_events_go_first_because_the_journal_has_them(tmp_path: Path) -> None:
+    def frame(kind: Kind, number: int) -> bytes:
+        return encode(Message(kind, "vm/web1", id=number))
+
+    async def test(bench: Bench) -> None:
+        answers = [frame(Kind.REPLY, number) for number in range(8)]
+        for number, answer in enumerate(answers):
+            bench.link.send(answer)
+            for event in range(5):
+                bench.link.send(frame(Kind.EVENT, number * 10 + event))
+        broker = bench.start_broker()
+        await bench.until(lambda: broker.got[-1:] == [frame(Kind.EVENT, 74)])
+        assert [got for got in broker.got if got[4] == Kind.REPLY] == answers
+        events = [got for got in broker.got if got[4] == Kind.EVENT]
+        assert events == [frame(Kind.EVENT, 70 + number) for number in range(5 - len(events), 5)]
+        assert len(broker.got) <= 1 + 12
+        assert bench.link.dropped == 40 - len(events)
+
+    run(tmp_path, test, outbox=12)
 
 
 def test_a_broker_that_does_not_read_blocks_nobody_and_gets_everything_once_it_does(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ simulated_port and simulated_json (sockets and JSON as QEMU treats them).
     -device virtserialport,chardev=ID,name=org.qemu.guest_agent.0[,id=PORT]       the agent on it
     -name NAME   -uuid UUID   -m MEGABYTES   -no-shutdown   -no-reboot   -action KEY=VALUE,…   -watchdog-action ACTION
     -simulate key=value,…                   faults (class Faults)
+    -emitted FILE                           what the VM did (simulated_emitted); with --directory: --emitted DIR, for DIR/NAME.jsonl
     -fail MESSAGE                           print it and exit with status 1, as a QEMU that cannot start
     anything else                           accepted and ignored
 
@@ -37,6 +38,7 @@ import msgspec
 from ...common.definition import AGENT_ID, MONITOR_ID
 from .simulated_agent import AgentPort
 from .simulated_dump import Dump
+from .simulated_emitted import Emitted
 from .simulated_faults import Faults, faults_from_text
 from .simulated_monitor import MonitorPort
 from .simulated_table import Chardev, Jobs
@@ -58,8 +60,12 @@ def serve(
     monitors: dict[str, socket.socket],
     agent: tuple[str, socket.socket] | None = None,
     agent_port_id: str = "",
+    emitted: Emitted | None = None,
 ) -> None:
-    """Put a VM behind listening sockets, by chardev id, and let it begin. The VM owns the sockets and closes them when it ends."""
+    """Put a VM behind listening sockets, by chardev id, and let it begin. The VM owns the sockets and closes them when it ends.
+
+    `emitted` is told what happens at the first monitor, and belongs to it.
+    """
     monitor_ports: dict[str, MonitorPort] = {}
     agent_port = AgentPort(agent[1], vm) if agent is not None else None
 
@@ -71,7 +77,8 @@ def serve(
 
     dump, jobs = Dump(vm), Jobs()
     for label, listener in monitors.items():
-        monitor_ports[label] = MonitorPort(listener, vm, chardevs, dump, jobs)
+        told = emitted if not monitor_ports else None
+        monitor_ports[label] = MonitorPort(listener, vm, chardevs, dump, jobs, told)
         vm.attach(monitor_ports[label])
     if agent_port is not None:
         vm.agent_port_id = agent_port_id
@@ -95,8 +102,10 @@ def listening(path: Path) -> socket.socket:
 class SimulatedHost:
     """Many VMs in a directory, as NAME.qmp and NAME.qga. Running ones, unless said otherwise."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, emitted: Path | None = None) -> None:
+        """`emitted`: the directory of the files that say what each VM did."""
         self._directory = directory
+        self._emitted = emitted
         self.vms: dict[str, SimulatedVm] = {}
 
     def add(self, name: str, faults: Faults | None = None, *, paused: bool = False) -> SimulatedVm:
@@ -105,7 +114,8 @@ class SimulatedHost:
         monitor = listening(self.monitor_path(name))
         agent = listening(self.agent_path(name))
         self.vms[name] = vm
-        serve(vm, {MONITOR_ID: monitor}, (AGENT_ID, agent), DIRECTORY_PORT_ID)
+        emitted = Emitted(self._emitted / f"{name}.jsonl", name) if self._emitted is not None else None
+        serve(vm, {MONITOR_ID: monitor}, (AGENT_ID, agent), DIRECTORY_PORT_ID, emitted)
         return vm
 
     def monitor_path(self, name: str) -> Path:
@@ -157,6 +167,7 @@ class _DirectoryOptions(NamedTuple):
     vms: int
     prefix: str
     faults: Faults
+    emitted: Path | None
 
 
 def _directory_options(arguments: list[str]) -> _DirectoryOptions:
@@ -165,12 +176,13 @@ def _directory_options(arguments: list[str]) -> _DirectoryOptions:
     parser.add_argument("--count", type=int, default=1, help="how many VMs")
     parser.add_argument("--prefix", default="sim", help="names are PREFIX-000, PREFIX-001 …")
     parser.add_argument("--simulate", default="", metavar="KEY=VALUE,…", help="faults of all of them")
+    parser.add_argument("--emitted", type=Path, metavar="DIR", help="what each VM did goes to DIR/NAME.jsonl")
     options = parser.parse_args(arguments)
     try:
         faults = faults_from_text(options.simulate)
     except msgspec.ValidationError as error:
         parser.error(str(error))
-    return _DirectoryOptions(options.directory, options.count, options.prefix, faults)
+    return _DirectoryOptions(options.directory, options.count, options.prefix, faults, options.emitted)
 
 
 async def _run_many(options: _DirectoryOptions) -> int:
@@ -179,7 +191,7 @@ async def _run_many(options: _DirectoryOptions) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, told.set)
-    host = SimulatedHost(options.directory)
+    host = SimulatedHost(options.directory, options.emitted)
     loop.add_signal_handler(signal.SIGUSR1, host.end_faults)
     for index in range(options.vms):
         host.add(f"{options.prefix}-{index:03}", options.faults)
@@ -208,6 +220,7 @@ class Machine(msgspec.Struct):
     monitors: list[str] = []  # chardev ids
     agent: str | None = None  # chardev id
     agent_port_id: str = ""
+    emitted: str = ""  # path
 
 
 def machine_from_arguments(arguments: Sequence[str]) -> Machine:
@@ -291,6 +304,10 @@ def _simulate(machine: Machine, text: str) -> None:
         raise LaunchError(f"-simulate {text}: {error}") from None
 
 
+def _emitted(machine: Machine, text: str) -> None:
+    machine.emitted = text
+
+
 def _fail(_machine: Machine, text: str) -> None:
     raise LaunchError(text)
 
@@ -306,6 +323,7 @@ _OPTIONS: Final[dict[str, Callable[[Machine, str], None]]] = {
     "-action": _action,
     "-watchdog-action": _watchdog_action,
     "-simulate": _simulate,
+    "-emitted": _emitted,
     "-fail": _fail,
 }
 
@@ -341,7 +359,11 @@ async def _run_one(machine: Machine) -> int:
     loop.add_signal_handler(signal.SIGUSR1, lambda: vm.set_faults(Faults()))
     monitors = {label: _listener(machine.chardevs[label]) for label in machine.monitors}
     agent = (machine.agent, _listener(machine.chardevs[machine.agent])) if machine.agent else None
-    serve(vm, monitors, agent, machine.agent_port_id)
+    try:
+        emitted = Emitted(Path(machine.emitted), machine.name) if machine.emitted else None
+    except OSError as error:
+        raise LaunchError(f"-emitted {machine.emitted}: {error}") from None
+    serve(vm, monitors, agent, machine.agent_port_id, emitted)
     return await ended
 
 

@@ -3,6 +3,7 @@
 
     any field of Faults     a fault, with "for": SECONDS only for that long
     "emit": {"event": NAME, "data"?: {...}}, "count"?: N       any event
+    "mark": TEXT            leaves one mark: a line in the file of -emitted, and the event X_SIMULATED_MARK {"mark": TEXT}
     "panic": true or {the event's "info"}, "crashloaded": true, "watchdog": true,
     "suspend": true, "hibernate": true, "switch_off": true, "reboot": true      what the guest does or suffers, while it runs
     "jobs": [...], "block_jobs": [...]         what query-jobs and query-block-jobs list from now on
@@ -20,7 +21,7 @@ import msgspec
 from .simulated_faults import changed
 from .simulated_requests import Refused
 from .simulated_table import Monitor
-from .simulated_vm import SimulatedVm
+from .simulated_vm import MARK_EVENT, SimulatedVm
 
 
 class _Emitted(msgspec.Struct, forbid_unknown_fields=True):
@@ -33,6 +34,7 @@ class _Happening(msgspec.Struct, rename={"seconds": "for"}):
 
     emit: _Emitted | None = None
     count: int = 1
+    mark: str | None = None
     panic: bool | dict[str, Any] = False
     crashloaded: bool = False
     watchdog: bool = False
@@ -60,6 +62,9 @@ def x_simulate(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     if wanted.emit is not None:
         for _ in range(wanted.count):
             vm.emit(wanted.emit.event, wanted.emit.data)
+    if wanted.mark is not None:
+        monitor.emitted.mark(wanted.mark)
+        vm.emit(MARK_EVENT, {"mark": wanted.mark})
     if wanted.jobs is not None:
         monitor.jobs.jobs = wanted.jobs
     if wanted.block_jobs is not None:

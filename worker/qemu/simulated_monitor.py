@@ -17,6 +17,7 @@ from typing import Any, Final
 from .simulated_commands import COMMANDS, VERSION, run_command, wants_oob
 from .simulated_damage import garbled, padded
 from .simulated_dump import Dump
+from .simulated_emitted import Emitted
 from .simulated_faults import Faults
 from .simulated_fds import FdSets
 from .simulated_json import Input, JsonStream, to_line
@@ -42,10 +43,12 @@ class MonitorPort(Port):
         chardevs: Callable[[], list[Chardev]],
         dump: Dump | None = None,
         jobs: Jobs | None = None,
+        emitted: Emitted | None = None,
     ) -> None:
         super().__init__(listener)
         self._vm = vm
-        self._monitor = Monitor(vm, FdSets(), chardevs, dump or Dump(vm), jobs or Jobs())
+        self._emitted = emitted or Emitted()
+        self._monitor = Monitor(vm, FdSets(), chardevs, dump or Dump(vm), jobs or Jobs(), self._emitted)
         self._queue: deque[Input] = deque()
         self._current: Input | None = None  # taken from the queue and being carried out
         self._current_negotiated = False  # whether its client had negotiated; by its end another one may be there
@@ -93,13 +96,16 @@ class MonitorPort(Port):
         super().close()
         self._monitor.fds.close()
         self._monitor.dump.close()
+        self._emitted.close()
 
     # -- what the VM tells --
 
     def event(self, name: str, data: dict[str, Any] | None) -> None:
         """Pass an event on; before negotiation a client gets none."""
         if self._negotiated:
-            self._send(_event(name, data))
+            event = _event(name, data)
+            self._emitted.event(event)
+            self._send(event)
 
     def faults_changed(self, faults: Faults) -> None:
         """Do what is possible now."""
@@ -212,7 +218,9 @@ class MonitorPort(Port):
             raise no_such_command(name)
         if oob and not command.oob:
             raise Refused(f"The command {name} does not support OOB")
-        return run_command(name, self._monitor, arguments)
+        value = run_command(name, self._monitor, arguments)
+        self._emitted.command(name)
+        return value
 
     # -- output --
 

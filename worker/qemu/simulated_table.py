@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from .simulated_dump import Dump
+from .simulated_emitted import Emitted
 from .simulated_fds import FdSets
 from .simulated_requests import Argument
 from .simulated_vm import SimulatedVm
@@ -41,6 +42,7 @@ class Monitor(msgspec.Struct):
     chardevs: Callable[[], list[Chardev]]
     dump: Dump
     jobs: Jobs
+    emitted: Emitted
 
 
 class Command(NamedTuple):

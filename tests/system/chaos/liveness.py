@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about what `list` claims: no VM reported gone that lives, none reported alive that is long gone. `unknown` is no claim. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Final
+
+from .recording import Claim, Life, Recording
+from .violation import Violation
+
+# A VM's end is told by its worker, which may have died with it: so long until the next one has told it.
+LONG_GONE: Final = 5.0  # seconds
+# A new process is told of by its worker: so long until `list` must know.
+NEW: Final = 2.0  # seconds
+
+GONE: Final = "shutoff"
+ALIVE: Final = frozenset({"running", "paused"})
+
+
+def wrong_claims(recording: Recording) -> Iterator[Violation]:
+    """The first wrong claim of each kind about each process: the following ones say the same."""
+    lives: dict[str, list[Life]] = defaultdict(list)
+    for life in recording.lives:
+        lives[life.vm].append(life)
+    said: set[tuple[str, str, int]] = set()
+    for claim in recording.claims:
+        violation = _wrong(claim, lives[claim.vm])
+        if violation is not None and (violation.rule, claim.vm, claim.epoch) not in said:
+            said.add((violation.rule, claim.vm, claim.epoch))
+            yield violation
+
+
+def _wrong(claim: Claim, lives: list[Life]) -> Violation | None:
+    when = f"claimed {claim.state} (epoch {claim.epoch}) at {claim.answered:.3f}"
+    if claim.state == GONE:
+        for life in lives:
+            lived = life.born < claim.asked and (life.gone is None or life.gone > claim.answered)
+            if lived and (life.epoch == claim.epoch or life.born < claim.asked - NEW):
+                text = f"{when}, but process {life.pid} (epoch {life.epoch or '?'}) lives since {life.born:.3f}"
+                return Violation("said gone, lives", claim.vm, text)
+    elif claim.state in ALIVE:
+        newest = max(lives, key=lambda life: life.born, default=None)
+        if newest is not None and newest.gone is not None and newest.gone < claim.asked - LONG_GONE:
+            text = f"{when}, but its last process {newest.pid} is gone since {newest.gone:.3f}"
+            return Violation("said alive, gone", claim.vm, text)
+        if newest is not None and _long_without_life(claim, lives):
+            return Violation("said alive, gone", claim.vm, f"{when}, but it had had no process for {LONG_GONE:g} s")
+    return None
+
+
+def _long_without_life(claim: Claim, lives: list[Life]) -> bool:
+    """No process of the VM was there at any time of the span before the claim."""
+    return not any(
+        life.born <= claim.answered and (life.gone is None or life.gone >= claim.asked - LONG_GONE) for life in lives
+    )

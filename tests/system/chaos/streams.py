@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about event streams: every reader of a VM gets the same one, gap-free and in order, and it is what the VM says it emitted. Pure.
+
+All that any reader got of a VM, put together, is its stream; each reader is held against it, and it against the VM's own account.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Final
+
+from .excuses import Excuses
+from .recording import Account, Emission, Reading, Recording, Told
+from .violation import Violation
+
+LOST: Final = "EVENTS_LOST"
+TRUNCATED: Final = "JOURNAL_TRUNCATED"
+# Written down, and not in the kernel's hands yet when the VM was killed: one that it is at, a few if its monitor's socket was full.
+UNSENT: Final = 3
+SHOWN: Final = 3  # of the missing events, by name; of the rest only the number
+
+Cursor = tuple[int, int]
+
+
+def wrong_streams(recording: Recording, excuses: Excuses) -> Iterator[Violation]:
+    for vm in recording.vms:
+        readings = [reading for reading in recording.readings if reading.vm == vm]
+        stream, conflicts = stream_of(readings)
+        yield from (Violation("numbered twice", vm, text) for text in conflicts)
+        yield from _holes(vm, [*stream.values()])
+        for reading in readings:
+            yield from _wrong_reading(reading, stream)
+        yield from _wrong_lost(vm, stream, recording, excuses)
+        accounts = [account for account in recording.accounts if account.vm == vm]
+        gone = {life.pid for life in recording.lives if life.vm == vm and life.gone is not None}
+        excused = excuses.connection_lost(vm, recording.began, recording.ended)
+        yield from _against_accounts(vm, [*stream.values()], accounts, gone, excused)
+
+
+def stream_of(readings: list[Reading]) -> tuple[dict[Cursor, Told], list[str]]:
+    """All events that any reader got, by cursor and in its order; and what two readers were told differently."""
+    found: dict[Cursor, tuple[str, Told]] = {}
+    conflicts = []
+    for reading in readings:
+        for told in reading.events:
+            if is_marker(told):
+                continue
+            reader, before = found.setdefault(told.cursor, (reading.reader, told))
+            if before != told:
+                conflicts.append(
+                    f"{_at(told.cursor)} is {before.event} {before.data:.60} at {before.time} to {reader}, "
+                    f"{told.event} {told.data:.60} at {told.time} to {reading.reader}"
+                )
+    return {cursor: told for cursor, (_, told) in sorted(found.items())}, conflicts
+
+
+def is_marker(told: Told) -> bool:
+    """EVENTS_LOST that a client made up for a hole in what it got, not one of the VM's own events."""
+    return told.event == LOST and '"after"' in told.data and '"last"' in told.data
+
+
+def _holes(vm: str, stream: list[Told]) -> Iterator[Violation]:
+    """In what all readers together got."""
+    truncated = any(told.event == TRUNCATED for told in stream)
+    if stream and stream[0].cursor != (1, 1) and not truncated:
+        yield Violation("hole in the stream", vm, f"nobody got anything before {_at(stream[0].cursor)}")
+    for before, after in pairwise(stream):
+        if not _follows(before.cursor, after.cursor):
+            yield Violation(
+                "hole in the stream", vm, f"nobody got what is between {_at(before.cursor)} and {_at(after.cursor)}"
+            )
+
+
+def _follows(before: Cursor, after: Cursor) -> bool:
+    return after == (before[0], before[1] + 1) or (after[0] > before[0] and after[1] == 1)
+
+
+def _wrong_reading(reading: Reading, stream: dict[Cursor, Told]) -> Iterator[Violation]:
+    """A reader got all of the stream from where it began, once and in order."""
+    vm, who = reading.vm, reading.reader
+    if reading.error:
+        yield Violation("reader failed", vm, f"{who}: {reading.error}")
+    markers = [told for told in reading.events if is_marker(told)]
+    if markers:
+        yield Violation(
+            "told of a gap", vm, f"{who} was told {len(markers)} times that events are lost: {markers[0].data}"
+        )
+    got = [told.cursor for told in reading.events if not is_marker(told)]
+    for before, after in pairwise(got):
+        if after <= before:
+            rule = "told twice" if after == before or after in got[: got.index(before)] else "out of order"
+            yield Violation(rule, vm, f"{who}: {_at(after)} after {_at(before)}")
+    start = reading.since if reading.since is not None else (got[0][0], got[0][1] - 1) if got else None
+    if start is None:
+        return
+    has = set(got)
+    missing = [cursor for cursor in stream if cursor > start and cursor not in has]
+    if missing:
+        last = "to its end" if got and missing[0] > got[-1] else "in the middle"
+        yield Violation(
+            "reader misses events",
+            vm,
+            f"{who}, from {_at(start)}: {len(missing)} of {len(stream)}, the first {_at(missing[0])}, {last}",
+        )
+
+
+def _wrong_lost(vm: str, stream: dict[Cursor, Told], recording: Recording, excuses: Excuses) -> Iterator[Violation]:
+    """EVENTS_LOST of the VM's own only if its worker and the zygote died together."""
+    if excuses.connection_lost(vm, recording.began, recording.ended):
+        return
+    for told in stream.values():
+        if told.event == LOST:
+            yield Violation(
+                "events lost", vm, f"{_at(told.cursor)} {told.data}, but somebody held the connection all the time"
+            )
+
+
+def _against_accounts(
+    vm: str, stream: list[Told], accounts: list[Account], gone: set[int], excused: bool
+) -> Iterator[Violation]:
+    """The stream's QMP events are what the VM emitted, in that order."""
+    emitted = [(number, emission) for number, account in enumerate(accounts) for emission in account.emissions]
+    places = {emission: place for place, (_, emission) in enumerate(emitted)}
+    met, lost, matched = -1, False, set[int]()
+    for told in stream:
+        if told.event == LOST:
+            lost = True
+        if told.origin != "qmp":
+            continue
+        place = places.get(Emission(told.event, told.time, told.data))
+        if place is None:
+            if not _unwitnessed(told, accounts):
+                yield Violation("never emitted", vm, f"{_at(told.cursor)} {told.event} {told.data:.80} at {told.time}")
+            continue
+        if place in matched:
+            yield Violation("emitted once, told twice", vm, f"{_at(told.cursor)} {told.event} {told.data:.80}")
+        elif place < met:
+            yield Violation(
+                "out of order", vm, f"{_at(told.cursor)} {told.event} was emitted before what comes before it"
+            )
+        if place > met:
+            yield from _skipped(vm, emitted[met + 1 : place], accounts, gone, excused, lost)
+            met = place
+        matched.add(place)
+        lost = False
+    yield from _skipped(vm, emitted[met + 1 :], accounts, gone, excused, lost)
+
+
+def _skipped(
+    vm: str, skipped: list[tuple[int, Emission]], accounts: list[Account], gone: set[int], unkept: bool, marked: bool
+) -> Iterator[Violation]:
+    """Emissions that are not in the stream. What a QEMU still had in its hands when it was killed is nobody's fault.
+
+    `unkept`: for a time nobody held the VM's connection; `marked`: an EVENTS_LOST stands in their place.
+    """
+    wrong: list[Emission] = []
+    for number in sorted({number for number, _ in skipped}):
+        of_run = [emission for other, emission in skipped if other == number]
+        account = accounts[number]
+        at_its_end = of_run[-1] == account.emissions[-1] and account.pid in gone
+        if not (unkept and (marked or at_its_end)) and not (at_its_end and len(of_run) <= UNSENT):
+            wrong += of_run
+    if wrong:
+        first = ", ".join(f"{one.event} {one.data:.60} at {one.time}" for one in wrong[:SHOWN])
+        yield Violation("emitted, never told", vm, f"{len(wrong)} events: {first}")
+
+
+def _unwitnessed(told: Told, accounts: list[Account]) -> bool:
+    """Outside the span that the witness of a real QEMU has seen of each run."""
+    if all(account.whole for account in accounts):
+        return False
+    return not any(
+        account.emissions and account.emissions[0].time <= told.time <= account.emissions[-1].time
+        for account in accounts
+    )
+
+
+def _at(cursor: Cursor) -> str:
+    return f"{cursor[0]}.{cursor[1]}"
+
+
+def canonical(data: object) -> str:
+    """An event's data in the one form in which it is compared; nothing and an empty map are the same, as on vmloop's wire."""
+    return json.dumps(data or {}, sort_keys=True, separators=(",", ":"), default=repr)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was recorded → what is wrong. Pure: no clock, no file, no process; tests/unit/test_chaos_verdict.py breaks each rule.
+
+The rules stand in answers.py, streams.py and liveness.py; those about leftovers are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from .answers import wrong_answers
+from .excuses import Excuses
+from .liveness import wrong_claims
+from .plan import KILL, ZYGOTE
+from .recording import Recording
+from .streams import wrong_streams
+from .violation import Violation
+
+# All of /proc is read to see that a zygote has ended, a few times a second.
+SEEN_WITHIN: Final = 3.0  # seconds
+
+
+def judge(recording: Recording) -> list[Violation]:
+    """Everything that is wrong, none if all promises were kept."""
+    excuses = Excuses(recording)
+    return [
+        *_worthless(recording),
+        *wrong_answers(recording, excuses),
+        *wrong_streams(recording, excuses),
+        *wrong_claims(recording),
+        *_unasked_ends(recording),
+        *(Violation("left over", "", text) for text in recording.leftovers),
+        *(Violation("broken", "", text) for text in recording.broken),
+    ]
+
+
+def _unasked_ends(recording: Recording) -> Iterator[Violation]:
+    """A zygote that ended although no fault was meant for it."""
+    killed = [fault.at for fault in recording.faults if (fault.what, fault.whom) == (KILL, ZYGOTE)]
+    for life in recording.zygotes:
+        if life.gone is not None and not any(life.gone - SEEN_WITHIN <= at <= life.gone for at in killed):
+            near = [fault for fault in recording.faults if life.gone - SEEN_WITHIN <= fault.at <= life.gone]
+            told = ", ".join(f"{fault.what} {fault.whom} {fault.vm}".strip() for fault in near) or "nothing"
+            text = f"zygote {life.pid} ended at {life.gone:.3f}; in the {SEEN_WITHIN:g} s before: {told}"
+            yield Violation("died unasked", "", text)
+
+
+def _worthless(recording: Recording) -> Iterator[Violation]:
+    """A run in which nothing happened proves nothing."""
+    for what, count in (
+        ("fault", len(recording.faults)),
+        ("command with a result", sum(command.outcome == "result" for command in recording.commands)),
+        ("event", sum(len(reading.events) for reading in recording.readings)),
+        ("claim of list", len(recording.claims)),
+        ("QEMU", len(recording.lives)),
+        ("account of a VM", len(recording.accounts)),
+    ):
+        if not count:
+            yield Violation("worthless", "", f"not one {what} was recorded")
