@@ -257,6 +257,14 @@ def test_a_reader_of_the_newest_alone_misses_nothing_before() -> None:
     assert judge(recording) == []
 
 
+def test_a_reader_that_looked_while_its_vm_ran_misses_what_was_there_then_and_not_what_came_later() -> None:
+    recording = good()
+    recording.readings.append(Reading("look", VM, (0, 0), [told(1)], until=(1, 1)))
+    assert judge(recording) == []
+    recording.readings.append(Reading("look", VM, (0, 0), [told(1)], until=(1, 2)))
+    assert rules(recording) == {"reader misses events"}
+
+
 def test_an_event_that_is_told_twice_or_out_of_order_is_found() -> None:
     recording = good()
     first, second, third = recording.readings[0].events

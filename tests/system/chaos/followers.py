@@ -165,12 +165,15 @@ class Followers:
 def look(host: Host, reader: str, name: str) -> Reading:
     """All that is kept of a VM's stream now, from 0.0."""
     got: list[Told] = []
+    now: Cursor = (0, 0)
     try:
+        newest = host.vm(name).cursor()
+        now = (newest.epoch, newest.seq)
         with host.events(name, since="0.0", follow=False) as events:
             got.extend(told(event) for event in events if numbered(event))
     except VmloopError as error:
-        return Reading(reader, name, (0, 0), got, f"{error.code}: {error}")
-    return Reading(reader, name, (0, 0), got)
+        return Reading(reader, name, (0, 0), got, f"{error.code}: {error}", now)
+    return Reading(reader, name, (0, 0), got, until=now)
 
 
 def told(event: Event) -> Told:

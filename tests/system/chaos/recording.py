@@ -63,6 +63,7 @@ class Reading(msgspec.Struct, frozen=True):
     since: tuple[int, int] | None
     events: list[Told]
     error: str = ""  # what ended it before its time
+    until: tuple[int, int] | None = None  # the VM's newest event when it began to read; None: it read to the end of all
 
 
 class Emission(msgspec.Struct, frozen=True):

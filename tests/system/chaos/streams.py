@@ -96,7 +96,10 @@ def _wrong_reading(reading: Reading, stream: dict[Cursor, Told]) -> Iterator[Vio
     if start is None:
         return
     has = set(got)
-    missing = [cursor for cursor in stream if cursor > start and cursor not in has]
+    until = reading.until
+    missing = [
+        cursor for cursor in stream if cursor > start and cursor not in has and (until is None or cursor <= until)
+    ]
     if missing:
         last = "to its end" if got and missing[0] > got[-1] else "in the middle"
         yield Violation(
