@@ -22,7 +22,7 @@ import msgspec
 from ..common.errors import BadRequest
 from ..common.names import VmName
 from ..common.paths import Paths
-from ..common.process import ProcessGone, identify
+from ..common.process import ProcessGone, identify, open_pidfd
 from ..common.settings import Settings
 from ..common.zygote_wire import FdsLost, Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
 
@@ -123,9 +123,12 @@ class Spawner:
         if any(known == (name, pid) for known in self._workers.values()):
             return
         try:
-            pidfd = os.pidfd_open(pid)
-        except (OSError, ValueError, OverflowError):  # gone, or no pid at all
+            pidfd = open_pidfd(pid)
+        except (ProcessGone, ValueError, OverflowError):  # gone, or no pid at all
             self._on_exit(name, pid)
+            return
+        except OSError as error:  # no free fd: it is served unwatched; what is sent to it after its end comes back
+            log.error("VM %s: worker %d cannot be watched: %s", name, pid, error)
             return
         self._hold(name, pid, pidfd)
         try:

@@ -132,7 +132,7 @@ class App:
         self._link.send(self._status(Kind.BYE))
         self._link.close()
         self._keeper.close()
-        self.vm.close()
+        self.vm.file.close()
 
     async def _until_over(self) -> None:
         over = self.loop.create_task(self.vm.gone.wait())

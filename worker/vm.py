@@ -86,7 +86,7 @@ class Vm:
         self.agent = GuestAgent(loop, name, events, page, paths, settings, keeper, on_status)
         self.facts: dict[str, Any] = {}  # what handlers have found out about the run (worker/handlers)
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
-        self._file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
+        self.file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
         self._page = page
         self._keeper = keeper
         self._on_status = on_status
@@ -172,12 +172,12 @@ class Vm:
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
         self.run = run
-        self._file.write(run)
+        self.file.write(run)
 
     def save_soon(self, run: Run) -> None:
         """The same for what the run can go on without: written now, or when the disk takes it."""
         self.run = run
-        self._file.write_or_retry(run)
+        self.file.write_or_retry(run)
 
     def hold(self, process: QemuProcess) -> None:
         """This is the run's process: its end will be the run's."""
@@ -328,6 +328,8 @@ class Vm:
             return
         if self.process is not None:
             self.loop.call_later(END_GRACE, self._seek_if_alive)
+        elif self.run and self.run.process:  # in doubt: only its process tells of its end
+            self.reconnection.begin()
         elif self.noted.has(Fact.SHUTDOWN_SEEN) or self.state.state is VmState.STARTING:
             self.finish("it closed its monitor after SHUTDOWN")
         else:
@@ -411,7 +413,7 @@ class Vm:
         """Let go of a running VM: it goes on without vmloop. Raises OSError if that cannot be written down; then it is held as before."""
         assert self.run is not None
         run = msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time()))
-        self._file.write(run)  # first: a VM that is let go and noted as ours would be taken up again
+        self.file.write(run)  # first: a VM that is let go and noted as ours would be taken up again
         self.run = run
         self._ending = True
         self.let_go()
@@ -445,6 +447,3 @@ class Vm:
         if self._settling_in is not None:
             self._settling_in.cancel()
         self.reconnection.cancel()
-
-    def close(self) -> None:
-        self._file.close()

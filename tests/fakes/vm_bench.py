@@ -123,7 +123,7 @@ class VmBench:
 
     def close(self) -> None:
         self.vm.let_go()
-        self.vm.close()
+        self.vm.file.close()
         if self.child is not None:
             if self.child.returncode == 0:  # a `sleep` that was let go, of which Popen was told not to care
                 self.child.returncode = None

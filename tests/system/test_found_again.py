@@ -14,6 +14,7 @@ import pytest
 from vmloop.client.session import Host
 from vmloop.common.errors import AlreadyRunning, Denied
 from vmloop.common.names import VmName
+from vmloop.common.page import Page, Word
 from vmloop.common.process import identify
 from vmloop.worker.runfile import Run, read_run, write_run
 
@@ -167,3 +168,39 @@ def test_a_qemu_in_doubt_that_is_silent_is_unknown_and_never_killed_until_its_pi
     assert host.attach("odd", monitor, pid=pid).pid == pid
     assert host.vm("odd").kill().state == "shutoff"
     assert pid not in site.processes()
+
+
+# -- pids of ours that somebody else has now ----------------------------------------------------------------------------------
+
+
+def test_a_lock_file_with_the_pid_of_somebody_who_lives_keeps_no_broker_away(site: Site, host: Host) -> None:
+    """The lock on it counts, and falls with its holder; the pid is for people."""
+    host.ping()
+    site.kill_broker()
+    site.paths.broker_lock.write_text(f"{os.getpid()}\n")
+    site.start_broker()
+    assert site.host().version().pid != os.getpid()
+
+
+def test_a_worker_whose_pid_somebody_else_has_now_is_replaced_and_nobody_is_killed(site: Site, host: Host) -> None:
+    pid = started(site, host)
+    page = site.paths.vm(VmName("odd")).page
+
+    def reused(run: Run) -> Run:
+        with Page(page, writable=True) as words:
+            words.words[Word.WORKER_PID] = os.getpid()  # with the start time of the worker that is dead
+        return run
+
+    host = all_killed(site, host, reused)
+    assert wait_for(lambda: state_of(host) == "running", SECONDS)
+    shown = host.vm("odd").show()
+    assert shown.pid == pid
+    assert shown.worker_pid != os.getpid()
+
+
+def test_a_zygotes_socket_without_a_zygote_is_replaced(site: Site, host: Host) -> None:
+    """No pid of it is kept: who answers at its socket is the zygote."""
+    pid = started(site, host)
+    host = all_killed(site, host)
+    assert wait_for(lambda: state_of(host) == "running", SECONDS)
+    assert host.vm("odd").show().pid == pid

@@ -327,6 +327,21 @@ def test_a_worker_whose_pidfd_did_not_arrive_costs_no_zygote(notes: Notes) -> No
             notes.spawner.close()
 
 
+def test_a_worker_that_cannot_be_watched_for_want_of_an_fd_has_not_ended(
+    notes: Notes, other: subprocess.Popen[bytes]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    started = identify(other.pid).started
+    with open(os.devnull) as next_free:
+        lowest = next_free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        notes.spawner.watch(WEB1, other.pid, started)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert notes.told == []
+
+
 def test_a_zygote_that_was_told_to_end_is_not_replaced_until_it_is_needed(notes: Notes) -> None:
     notes.spawner.start()
     [zygote] = notes.zygotes()
