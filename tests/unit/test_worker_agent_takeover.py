@@ -12,7 +12,7 @@ import pytest
 from vmloop.common.states import AgentState
 from vmloop.worker.agent.ledger import AgentLedger, Part
 
-from ..fakes.agent_peer import PORT, Bench, Request, honest, on_bench, reply, sync_only
+from ..fakes.agent_peer import PORT, Bench, Outcome, Request, honest, on_bench, reply, sync_only
 
 
 async def open_ports(label: bool) -> Any:  # what query-chardev says
@@ -122,12 +122,15 @@ def test_an_end_for_good_is_one_for_the_duplicate_that_is_kept_too(tmp_path: Pat
     on_bench(tmp_path, work)
 
 
-def test_who_waits_in_line_of_a_leaving_worker_is_told_to_try_again(tmp_path: Path) -> None:
+def test_who_waits_in_line_of_a_leaving_worker_is_the_next_ones_and_its_own_commands_are_told(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         await in_flight(bench, "guest-x")
         waiting = bench.submit("guest-y")
+        own = Outcome()
+        bench.agent.submit("guest-z", None, done=own, deadline=bench.loop.time() + 10.0)
         bench.succeed()
-        assert await waiting.code() == "worker-lost"
+        assert await own.code() == "worker-lost"
+        assert not waiting.told.is_set()
         assert list(bench.inherited) == [7]
 
     on_bench(tmp_path, work, timeout=5.0)

@@ -165,7 +165,7 @@ class AgentSession:
             self._answer(command, None, end_of(command, reason, port_open=port_open))
 
     def leave(self) -> None:
-        """The worker ends: the connection, and whoever waits for the answer of what was sent, is the next one's.
+        """The worker ends: the connection, and whoever waits, is the next one's. Only vmloop's own and who holds a freeze are told.
 
         The fd stays open as long as this process: the zygote may not have its duplicate yet.
         """
@@ -175,7 +175,8 @@ class AgentSession:
         self._socket.detach()
         waiting, self._waiting = self._waiting, {}
         for command in waiting.values():
-            self._answer(command, None, not_begun(command))
+            if command.held or not command.request:  # the broker gives the others to the next worker
+                self._answer(command, None, not_begun(command))
         current = self._current
         if current is not None and current.held:
             self._answer(current, None, end_of(current, "the worker ends", port_open=True))
