@@ -48,3 +48,8 @@ def identify(pid: int) -> Identity:
     except FileNotFoundError:
         raise ProcessGone(f"process {pid} has ended") from None
     return Identity(pid, int(fields[_STARTTIME_FIELD - 3]), executable)
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot: what ran in another boot cannot be alive."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

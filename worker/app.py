@@ -31,7 +31,7 @@ from ..common.errors import (
     WorkerLost,
 )
 from ..common.names import VmName, vm_service
-from ..common.pack import MAX_MESSAGE_BYTES, pack
+from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack_map
 from ..common.page import Page, Word
 from ..common.paths import Paths, VmPaths
 from ..common.settings import Settings
@@ -87,6 +87,7 @@ class App:
         self.order = Order(loop)
         self.definition = _read_definition(self.paths)  # as it is on disk now; a run keeps the one it was started from
         self.forget = False  # the broker shall not know the VM any more
+        self.protocol = 1  # what the broker speaks to this worker
         self._page = page
         self._predecessor = predecessor
         self._stack = stack
@@ -194,6 +195,8 @@ class App:
             self._keeper.keep_again()
         elif message.kind is Kind.CONTROL and message.op == "leave":
             self.leave()
+        elif message.kind is Kind.CONTROL and message.op == "agreed":
+            self.protocol = _agreed(message)
         elif message.kind is Kind.CONTROL and message.op == "cancel":
             self._on_cancel.get(message.id, _nothing)()
         else:
@@ -410,6 +413,14 @@ def _beside_others(request: Request, arguments: Any) -> bool:
     if isinstance(arguments, HmpArguments):
         return False
     return isinstance(arguments, QmpArguments) and (arguments.oob or arguments.command.startswith("query-"))
+
+
+def _agreed(message: Message) -> int:
+    try:
+        return int(unpack_map(message.body).get("protocol", 1))
+    except (BadRequest, TypeError, ValueError) as error:
+        log.warning("the broker agreed on a protocol that makes no sense: %s", error)
+        return 1
 
 
 def _read_definition(paths: VmPaths) -> dict[str, Any] | None:

@@ -16,14 +16,14 @@ import msgspec
 
 from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
 from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
-from ..common.process import NotTheProcess, ProcessGone
+from ..common.process import NotTheProcess, ProcessGone, boot_id
 from ..common.states import VmState
 from .handling import Handling
 from .predecessor import Predecessor
 from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail
 from .qemu.process import QemuProcess
-from .runfile import Run, boot_id
+from .runfile import Run
 from .transitions import Move
 from .vm import END_GRACE, Fact, Vm
 
