@@ -14,26 +14,33 @@ from typing import Final
 
 import zmq
 
+from ..common.durable import write_whole
 from ..common.errors import Denied, VmloopError
 from ..common.log import log_to_stderr
 from ..common.paths import Paths, default_paths, paths_under
+from ..common.process import boot_id
 from ..common.settings import Settings, read_settings
 from ..common.sockets import CLIENT_QUEUE, WORKER_QUEUE, bind_publisher, bind_router
 from .catalogue import scan
+from .fd_store import FdStore, take_stored
 from .host import HostCore
 from .looker import ProcLooker
 from .loop import Loop
 from .spawner import Spawner
-from .systemd import Notifier
+from .systemd import Notifier, take_passed_fds
 
 log = logging.getLogger(__name__)
 
 # Sockets, pages and pidfds: about four fds a VM.
 WANTED_FDS: Final = 65536
+_BOOT_BYTES: Final = 64  # of state/boot-id; the kernel's id has 36
 
 
-def serve(paths: Paths) -> int:
-    """Be the broker of a root until told to end. Returns the exit code; raises the error tree's members if it cannot start."""
+def serve(paths: Paths, boot: str | None = None) -> int:
+    """Be the broker of a root until told to end. Returns the exit code; raises the error tree's members if it cannot start.
+
+    `boot`: which boot of the host this is; None: ask the kernel.
+    """
     os.umask(0o077)
     paths.create()
     settings = read_settings(paths.settings_file)
@@ -46,7 +53,7 @@ def serve(paths: Paths) -> int:
     workers = bind_router(context, paths.worker_socket, WORKER_QUEUE)
     publisher = bind_publisher(context, paths.events_socket)
     try:
-        _run(paths, settings, clients, workers, publisher)
+        _run(paths, settings, clients, workers, publisher, boot or boot_id())
     finally:
         for socket in (clients, workers, publisher):
             socket.close()
@@ -63,24 +70,40 @@ def _run(
     clients: zmq.Socket[bytes],
     workers: zmq.Socket[bytes],
     publisher: zmq.Socket[bytes],
+    boot: str,
 ) -> None:
     notifier = Notifier(os.environ)
+    passed = take_passed_fds(os.environ, os.getpid())
+    store = FdStore(notifier, time.monotonic)
     looker = ProcLooker(paths)
     # A number that no earlier broker of this root has used: late answers to it are then known as such.
     core = HostCore(settings, time.time_ns(), looker, os.getpid())
     loop = Loop(core, clients, workers, publisher, looker)
-    spawner = Spawner(paths, settings, loop.on_forked, loop.on_not_forked, loop.on_exit, loop.on_new_zygote)
+    spawner = Spawner(
+        paths,
+        settings,
+        loop.on_forked,
+        loop.on_not_forked,
+        loop.on_exit,
+        loop.on_new_zygote,
+        loop.on_renewed,
+        store,
+    )
     try:
-        spawner.start()
-        loop.use(spawner)
+        catalogue = scan(paths)
+        alive = {found.name for found in catalogue if found.status.get("alive")}
+        spawner.start(take_stored(passed, store, alive.__contains__))
+        loop.use(spawner, lambda: _note_boot(paths.boot_file, boot))
         now = time.monotonic()
-        for found in scan(paths):
+        for found in catalogue:
             entry = core.roster.add(found.name, found.status)
             entry.epoch = found.epoch
             if found.worker is not None:
                 core.crew.expect(entry, found.worker, now)
             elif found.status.get("alive"):
                 core.crew.adopt(entry, now)
+        if not _is_boot(paths.boot_file, boot):
+            core.autostart.begin([found.name for found in catalogue if found.autostart], now)
         log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
         notifier.ready(f"{len(core.roster)} VMs known")
         loop.run()
@@ -89,7 +112,26 @@ def _run(
     finally:
         loop.close()
         spawner.close()
+        store.close()
         looker.close()
+
+
+def _is_boot(path: Path, boot: str) -> bool:
+    """Whether a broker of this boot has started already what is to be started with the host."""
+    try:
+        return path.read_bytes()[:_BOOT_BYTES] == boot.encode()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.error("%s cannot be read (%s): VMs with autostart are started", path, error)
+        return False
+
+
+def _note_boot(path: Path, boot: str) -> None:
+    try:
+        write_whole(path, boot.encode())
+    except OSError as error:
+        log.error("%s cannot be written (%s): the next broker starts VMs with autostart again", path, error)
 
 
 def _lock(path: Path) -> int:

@@ -66,4 +66,29 @@ class EndZygote(NamedTuple):
     """The zygote ends with its last worker."""
 
 
-Action = ToClient | ToWorker | Publish | Fork | KillWorker | DumpStack | WatchWorker | Forget | EndZygote
+class RenewZygote(NamedTuple):
+    """Another zygote takes the place of this one, so that workers have the code that is on disk now; told back by `on_renewed`.
+
+    `even_fresh` False: only if this broker has not started it.
+    """
+
+    even_fresh: bool
+
+
+class BootServed(NamedTuple):
+    """What was to be started at this boot has been tried: a broker that comes back does not start it again."""
+
+
+Action = (
+    ToClient
+    | ToWorker
+    | Publish
+    | Fork
+    | KillWorker
+    | DumpStack
+    | WatchWorker
+    | Forget
+    | EndZygote
+    | RenewZygote
+    | BootServed
+)

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..common.errors import BadRequest
+from ..common.definition import definition_from_toml
+from ..common.errors import BadRequest, VmloopError
 from ..common.names import VmName, vm_name
 from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths
@@ -45,6 +46,7 @@ class Found(msgspec.Struct, frozen=True):
     epoch: int
     status: dict[str, Any]
     worker: Identity | None  # its worker, if that lives
+    autostart: bool = False  # its definition says that it runs whenever the host does
 
 
 def scan(paths: Paths) -> list[Found]:
@@ -61,7 +63,8 @@ def scan(paths: Paths) -> list[Found]:
         defined = paths.vm(name).definition.exists()
         run = _read(paths, name)
         if defined or run is not None:
-            found.append(Found(name, run.epoch if run else 0, _status(run, defined), _worker(paths.vm(name).page)))
+            worker, autostart = _worker(paths.vm(name).page), defined and _autostart(paths.vm(name).definition)
+            found.append(Found(name, run.epoch if run else 0, _status(run, defined), worker, autostart))
     return found
 
 
@@ -75,6 +78,16 @@ def _read(paths: Paths, name: VmName) -> _Run | None:
     except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         log.warning("%s cannot be read (%s): VM %s is unknown until its worker has looked", path, error, name)
         return _Run()
+
+
+def _autostart(path: Path) -> bool:
+    """Whether a definition asks for it. One that does not make sense is not started; its worker says why to whoever starts it."""
+    try:
+        with path.open("rb") as file:
+            return definition_from_toml(file.read(_MAX_BYTES), os.fspath(path)).autostart
+    except (OSError, VmloopError) as error:
+        log.warning("%s: not started with the host: %s", path, error)
+        return False
 
 
 def _worker(path: Path) -> Identity | None:

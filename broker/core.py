@@ -291,7 +291,7 @@ class Core:
             vm.epoch, vm.seq = epoch, seq
         if kind in _ANSWERS:
             self._last_answer = now
-            return self._on_answer(number, kind, frame)
+            return self._on_answer(number, kind, frame, now)
         if kind == Kind.EVENT:
             service_end = HEADER_BYTES + service_len
             topic = frame[HEADER_BYTES:service_end] + b"/" + frame[service_end : service_end + op_len]
@@ -299,7 +299,7 @@ class Core:
             return None
         return self._on_status(identity, frame, now)
 
-    def _on_answer(self, number: int, kind: int, frame: bytes) -> None:
+    def _on_answer(self, number: int, kind: int, frame: bytes, now: float) -> None:
         entry = self.inflight.get(number)
         if entry is None:
             return  # its caller's deadline has passed, or an earlier broker asked
@@ -313,6 +313,8 @@ class Core:
         if message is None or entry.envelope is None:
             if entry.client:
                 self.actions.append(ToClient(entry.client, [with_id(frame, entry.client_id)]))
+            elif kind != _PARTIAL:
+                self.on_own_answer(entry, kind == Kind.ERROR, frame, now)
             return
         if kind == _PARTIAL and entry.envelope.dialect is Dialect.V01:
             return  # MDP/0.1 knows one answer only
@@ -342,6 +344,10 @@ class Core:
 
     def on_kill(self, entry: Entry) -> None:
         """A kill is on its way to a worker; host.py puts its own function here."""
+        raise NotImplementedError
+
+    def on_own_answer(self, entry: Entry, failed: bool, frame: bytes, now: float) -> None:
+        """A request of the broker's own has been answered; host.py puts its own function here."""
         raise NotImplementedError
 
     def on_vm_changed(self, vm: VmEntry, now: float) -> None:
@@ -422,6 +428,8 @@ class Core:
         reply = own_reply(entry, vm, kind, body, now)
         if reply is not None:
             self.actions.append(reply)
+        else:
+            self.on_own_answer(entry, kind is Kind.ERROR, encode(Message(kind=kind, body=body)), now)
 
     def _drop(self, why: str) -> None:
         """The one place where a message that cannot be answered ends."""

@@ -21,7 +21,8 @@ from ..common.pack import pack
 from ..common.process import Identity
 from ..common.settings import Settings
 from ..common.wire import FLAG_ASKING, FLAG_REPEATED, Kind, Message, encode, repeated
-from .actions import Action, Forget, Fork, KillWorker, Publish, ToWorker, WatchWorker
+from ..common.worker_protocol import PROTOCOLS, agree
+from .actions import Action, Forget, Fork, KillWorker, Publish, RenewZygote, ToWorker, WatchWorker
 from .inflight import WORKER_GRACE, Entry, InFlight
 from .restarts import counts_as_stable, delay_before_restart
 from .roster import Roster, VmEntry, WorkerState
@@ -69,6 +70,14 @@ class Crew:
             log.warning("VM %s: an older worker (pid %d) still speaks; it is told to leave", name, pid)
             self._act(ToWorker(identity, _control("leave"), 0))
             return
+        named = status.get("protocols")
+        protocol = agree(named)
+        if protocol is None:
+            self._refuse(identity, vm, pid, status, now)
+            return
+        vm.protocol = protocol
+        if named is not None:
+            self._act(ToWorker(identity, _control("agreed", {"protocol": protocol}), 0))
         same = vm.worker_pid == pid and vm.incarnation == incarnation
         ended = vm.exited and vm.worker_pid == pid  # then these are its last words, and it gets nothing to do
         if vm.worker_pid != pid:
@@ -88,6 +97,30 @@ class Crew:
         for entry in self._inflight.of_vm(name) if not ended else ():
             self._settle_with_new_worker(entry, vm, same, inherited if isinstance(inherited, list) else [], now)
         self._on_changed(vm, now)
+
+    def _refuse(self, identity: bytes, vm: VmEntry, pid: int, status: dict[str, Any], now: float) -> None:
+        """A worker that speaks no protocol of ours: it leaves, and one with our own code takes its place. The VM runs on."""
+        spoken = str(status.get("protocols"))[:100]
+        log.error(
+            "VM %s: its worker (pid %d, version %.20s) speaks the protocols %s, this broker %s: it is replaced",
+            *(vm.name, pid, status.get("version"), spoken, list(PROTOCOLS)),
+        )
+        self.publish_host("WORKER_REFUSED", vm, {"pid": pid, "version": str(status.get("version"))[:20]})
+        self._act(ToWorker(identity, _control("leave"), 0))
+        if vm.worker.state is WorkerState.READY and vm.worker_pid != pid:
+            return  # another one speaks for the VM
+        self._roster.absent(vm)
+        if vm.worker.state is not WorkerState.STARTING:
+            if vm.worker.state in (WorkerState.READY, WorkerState.LEAVING):
+                vm.worker.move(WorkerState.ABSENT, "its protocol is not ours")
+            vm.worker.move(WorkerState.STARTING, "it leaves, and the next one comes")
+        vm.take_status(status)
+        if vm.worker_pid != pid:
+            self._act(WatchWorker(vm.name, pid, _whole(status.get("worker_ticks"))))
+        vm.worker_pid, vm.exited = pid, False
+        vm.due = now + self._settings.broker.worker_hello  # if it does not leave by then, it is ended
+        self._watches.add(vm.name)
+        self._act(RenewZygote(even_fresh=False))
 
     def _settle_with_new_worker(
         self, entry: Entry, vm: VmEntry, same: bool, inherited: list[object], now: float
@@ -196,9 +229,13 @@ class Crew:
             vm.deaths = 0
         self._roster.absent(vm)
         # The doorbell. In the VM's own stream the next worker says it, with a number.
-        event = {"vm": vm.name, "epoch": vm.epoch, "seq": 0, "time": self._wall_micros(), "event": "WORKER_LOST"}
-        self._act(Publish(host_topic("WORKER_LOST"), pack({**event, "data": {"pid": pid}, "origin": "vmloop"})))
+        self.publish_host("WORKER_LOST", vm, {"pid": pid})
         self._lost(vm, now, f"worker {pid} ended without a goodbye")
+
+    def publish_host(self, event: str, vm: VmEntry, data: dict[str, Any]) -> None:
+        """An event of the host's stream: nobody numbers it, and nobody keeps it."""
+        body = {"vm": vm.name, "epoch": vm.epoch, "seq": 0, "time": self._wall_micros(), "event": event}
+        self._act(Publish(host_topic(event), pack({**body, "data": data, "origin": "vmloop"})))
 
     def _left(self, vm: VmEntry, now: float) -> None:
         """A worker that had said goodbye is gone; what it has not answered goes to the next one, which knows what became of it.
@@ -254,6 +291,14 @@ class Crew:
             if vm.worker.state is WorkerState.READY:
                 self._act(ToWorker(vm.identity, _control("keep"), 0))
 
+    def dismiss(self, vm: VmEntry) -> None:
+        """A ready worker shall leave; the VM runs on, and its next worker is made when this one is gone."""
+        self._act(ToWorker(vm.identity, _control("leave"), 0))
+
+    def end(self, vm: VmEntry) -> None:
+        """A worker that does not leave is ended."""
+        self._act(KillWorker(vm.name))
+
     def dismiss_idle(self) -> None:
         """All VMs are ended: workers without one need not wait for further requests."""
         for vm in self._roster:
@@ -306,5 +351,5 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _control(op: str) -> bytes:
-    return encode(Message(kind=Kind.CONTROL, op=op))
+def _control(op: str, body: dict[str, Any] | None = None) -> bytes:
+    return encode(Message(kind=Kind.CONTROL, op=op, body=pack(body) if body is not None else b""))

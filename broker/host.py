@@ -13,15 +13,18 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 
 from .. import __version__
-from ..common.errors import AlreadyRunning, BadRequest, Busy, NoSuchVm
+from ..common.errors import AlreadyRunning, BadRequest, Busy, NoSuchVm, NotRunning, VmloopError
+from ..common.majordomo import Dialect
 from ..common.names import VmName, vm_name, vm_service
 from ..common.pack import pack, unpack_map
 from ..common.settings import Settings
 from ..common.states import VmState
 from ..common.wire import Kind, Message, decode, encode
-from .actions import EndZygote
+from .actions import BootServed, EndZygote, RenewZygote
+from .autostart import Autostart
 from .core import Core
 from .inflight import Entry
+from .rolling import Rolling
 from .roster import VmEntry
 from .watch import Looker, Watch
 
@@ -45,6 +48,10 @@ class DefineArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StatsArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    names: list[str] | None = None
+
+
+class RestartArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     names: list[str] | None = None
 
 
@@ -94,8 +101,24 @@ class HostCore(Core):
             "undefine": self._undefine,
             "start": self._start,
             "attach": self._attach,
+            "restart-workers": self._restart_workers,
             "shutdown": self._shutdown,
         }
+        self._rolling = Rolling(
+            self.roster,
+            self.crew,
+            waits=lambda entry: self.inflight.get(entry.number) is entry,
+            tell=self._tell_part,
+            answer=self._answer_entered,
+            answer_error=self._refuse_entered,
+        )
+        self.autostart = Autostart(
+            self.roster,
+            start=self._start_for_host,
+            on_failed=lambda vm, why: self.crew.publish_host("AUTOSTART_FAILED", vm, {"error": why}),
+            on_done=lambda: self.actions.append(BootServed()),
+            may_start=lambda: self._ending is None and self._draining_until is None,
+        )
 
     def on_host(self, entry: Entry, frame: bytes, seconds: float, now: float) -> None:
         operation = self._operations.get(entry.op)
@@ -126,7 +149,25 @@ class HostCore(Core):
                 self._answer_wait(entry, vm, now)
         if self._ending is not None and vm.alive:
             self._kill(self._ending, vm, now)
+        self._rolling.on_vm_changed(vm, now)
+        self.autostart.look(now)
         self._finish_shutdown_if_over(now)
+
+    def next_due(self) -> float | None:
+        dues = (super().next_due(), self._rolling.next_due(), self.autostart.next_due())
+        return min((due for due in dues if due is not None), default=None)
+
+    def on_tick(self, now: float) -> None:
+        super().on_tick(now)
+        self._rolling.on_tick(now)
+        self.autostart.look(now)
+
+    def on_own_answer(self, entry: Entry, failed: bool, frame: bytes, now: float) -> None:
+        self.autostart.on_answer(entry, failed, decode(frame).body, now)
+
+    def on_renewed(self, error: str, now: float) -> None:
+        """Another zygote has taken the place of the one before, or an error why not."""
+        self._rolling.on_renewed(error, now)
 
     def on_kill(self, entry: Entry) -> None:
         self.watch.on_kill(entry)
@@ -212,6 +253,40 @@ class HostCore(Core):
         passed = encode(msgspec.structs.replace(message, service=vm_service(vm.name)))
         self.wait_for_worker(ask.entry, vm, passed, ask.seconds, ask.now)
 
+    def _start_for_host(self, vm: VmEntry, seconds: float, now: float) -> int:
+        """Ask for a VM's start without a client; the request's number."""
+        entry = Entry(0, b"", 0, None, None, "start", False, now, spawns=True)
+        request = Message(kind=Kind.REQUEST, service=vm_service(vm.name), op="start", body=pack({"name": vm.name}))
+        self.wait_for_worker(entry, vm, encode(request), seconds, now)
+        return entry.number
+
+    # -- workers ------------------------------------------------------------------------------------------------------------
+
+    def _restart_workers(self, ask: Ask) -> None:
+        names = _arguments(ask.entry.op, RestartArguments, ask.frame).names
+        if self._ending is not None:
+            raise Busy("the host is being shut down; its workers are not restarted")
+        self._rolling.require_none()
+        vms = list(self.roster) if names is None else [self._require(name) for name in names]
+        idle = [vm.name for vm in vms if not vm.alive]
+        if names is not None and idle:
+            raise NotRunning(f"VM {idle[0]} does not run: it has no worker to restart")
+        self._enter(ask.entry, None, ask.now + ask.seconds)
+        self._rolling.begin(ask.entry, [vm.name for vm in vms if vm.alive])
+        self.actions.append(RenewZygote(even_fresh=True))
+
+    def _tell_part(self, entry: Entry, part: Any, now: float) -> None:
+        if entry.envelope is None or entry.envelope.dialect is not Dialect.V01:  # which knows one answer only
+            self._answer(entry, Kind.PARTIAL, pack(part), now)
+
+    def _answer_entered(self, entry: Entry, value: Any, now: float) -> None:
+        self.inflight.take(entry.number)
+        self.answer(entry, value, now)
+
+    def _refuse_entered(self, entry: Entry, error: VmloopError, now: float) -> None:
+        if self.inflight.take(entry.number) is not None:
+            self._answer_error(entry, error, now)
+
     # -- end ----------------------------------------------------------------------------------------------------------------
 
     def _shutdown(self, ask: Ask) -> None:
@@ -221,6 +296,7 @@ class HostCore(Core):
             self.actions.append(EndZygote())
             self.crew.dismiss_idle()
             self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
+        self._rolling.stop(Busy("the host is being shut down; not all workers were restarted"), ask.now)
         self._ending = _Ending(ask.entry, how, set())
         for vm in victims:
             self._kill(self._ending, vm, ask.now)

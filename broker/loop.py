@@ -21,7 +21,19 @@ import zmq
 from ..common.names import VmName
 from ..common.process import STACK_SIGNAL
 from ..common.sockets import POLLIN, RECEIVE, SEND, SEND_MORE, edge_fd, readable
-from .actions import DumpStack, EndZygote, Forget, Fork, KillWorker, Publish, ToClient, ToWorker, WatchWorker
+from .actions import (
+    BootServed,
+    DumpStack,
+    EndZygote,
+    Forget,
+    Fork,
+    KillWorker,
+    Publish,
+    RenewZygote,
+    ToClient,
+    ToWorker,
+    WatchWorker,
+)
 from .host import HostCore
 from .looker import ProcLooker
 from .spawner import Spawner
@@ -51,12 +63,14 @@ class Loop:
         self._epoll = select.epoll()
         self._doors = [(clients, POLLIN), (workers, POLLIN)]
         self._spawner: Spawner | None = None
+        self._on_boot_served: Callable[[], None] = lambda: None
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
 
-    def use(self, spawner: Spawner) -> None:
-        """The process side; its callbacks are the `on_…` below."""
+    def use(self, spawner: Spawner, on_boot_served: Callable[[], None] = lambda: None) -> None:
+        """The process side; its callbacks are the `on_…` below. `on_boot_served`: what this boot had to start has been started."""
         self._spawner = spawner
+        self._on_boot_served = on_boot_served
         self._epoll.register(spawner.fileno(), select.EPOLLIN)
 
     def run(self) -> None:
@@ -74,6 +88,8 @@ class Loop:
             if due is not None and due <= now:
                 self._core.on_tick(now)
                 self._core.watch.on_tick(now)
+                if self._spawner is not None:
+                    self._spawner.on_tick(now)
                 due = self._next_due()
             if self._perform() or not quiet:
                 waited = self._epoll.poll(0.0)  # what was sent may have taken in news: look at the doors again
@@ -87,8 +103,9 @@ class Loop:
         self._wake_write.close()
 
     def _next_due(self) -> float | None:
-        due, look = self._core.next_due(), self._core.watch.next_due()
-        return look if due is None else due if look is None else min(due, look)
+        spawner = self._spawner.next_due() if self._spawner is not None else None
+        dues = (self._core.next_due(), self._core.watch.next_due(), spawner)
+        return min((due for due in dues if due is not None), default=None)
 
     @staticmethod
     def _wait_seconds(due: float | None) -> float:
@@ -149,6 +166,9 @@ class Loop:
     def on_new_zygote(self) -> None:
         self._core.crew.on_new_zygote()
 
+    def on_renewed(self, error: str) -> None:
+        self._core.on_renewed(error, time.monotonic())
+
     # -- out ----------------------------------------------------------------------------------------------------------------
 
     def _perform(self) -> bool:
@@ -199,16 +219,20 @@ class Loop:
             case Fork(name):
                 self._spawner.fork(name)
             case KillWorker(name):
-                self._spawner.kill(name)
+                self._spawner.pidfds.kill(name)
             case DumpStack(name):
-                self._spawner.kill(name, STACK_SIGNAL)
+                self._spawner.pidfds.kill(name, STACK_SIGNAL)
             case WatchWorker(name, pid, started):
                 self._looker.forget(name)
-                self._spawner.watch(name, pid, started)
+                self._spawner.pidfds.watch(name, pid, started)
             case Forget(name):
                 self._looker.forget(name)
             case EndZygote():
                 self._spawner.end_zygote()
+            case RenewZygote(even_fresh):
+                self._spawner.renew(even_fresh=even_fresh)
+            case BootServed():
+                self._on_boot_served()
 
     # -- signals ------------------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class VmEntry:
         self.exited = False  # its end has been seen, its last words perhaps not
         self.deaths = 0  # in a row
         self.restarts = 0
+        self.protocol = 1  # agreed with its worker (common/worker_protocol.py)
         self.requests = 0  # sent to workers so far
         self.worker = StateHolder(f"worker of {name}", WorkerState.ABSENT, WORKER_MOVES, _nobody_listens)
 

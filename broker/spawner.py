@@ -1,36 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """The broker's hold on processes: the zygote, and the pidfds of all workers. Driven by loop.py; never waits.
 
-A zygote that runs (an earlier broker's) is used; else one is started on a listening socket made here, so that connecting to it needs no
-retry. Worker pidfds come from the zygote with the news of the fork, or are opened here for workers that outlived an earlier broker.
+A zygote that runs (an earlier broker's) is used if it is of this version; else, and when a fresh one is asked for, another one takes its
+place (handover.py). One that does not answer in time is ended and replaced. Worker pidfds come from the zygote with the news of the fork,
+or are opened here for workers that outlived an earlier broker.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import select
-import signal
-import socket
 import subprocess
-import sys
+import time
 from collections.abc import Callable
+from typing import Final
 
-import msgspec
-
-from ..common.errors import BadRequest
+from .. import __version__
 from ..common.names import VmName
 from ..common.paths import Paths
-from ..common.process import ProcessGone, identify, open_pidfd
 from ..common.settings import Settings
-from ..common.zygote_wire import FdsLost, Fork, Forked, NotForked, Packet, Quit, WorkerSpec, receive_packet, send_packet
+from ..common.zygote_wire import (
+    Dropped,
+    Exited,
+    Forked,
+    Hello,
+    Keep,
+    Kept,
+    NotForked,
+    Packet,
+    Quit,
+    Retire,
+    Tell,
+    Told,
+)
+from .fd_store import FdStore, Stored
+from .handover import Handover, pass_on
+from .packets import PacketEnd, PacketPoll
+from .pidfds import Pidfds
+from .zygote_process import Former, connect, fork_packet, kill_zygote, let_go, start_zygote
 
 log = logging.getLogger(__name__)
 
+# Whatever a zygote is asked it does within milliseconds; one that has not answered by then is stopped, or hangs, and is replaced.
+ANSWER_SECONDS: Final = 5.0
+# A zygote imports the worker's code first; on a host with much else to do that may take seconds.
+START_SECONDS: Final = 15.0
+
 
 class Spawner:
-    """Forks through the zygote, and tells of exits. Everything it waits for is in one epoll, `fileno`."""
+    """Forks through the zygote, and tells of exits. Everything it waits for is in one epoll, `fileno`, or in `next_due`."""
 
     def __init__(
         self,
@@ -40,201 +58,389 @@ class Spawner:
         on_not_forked: Callable[[VmName, str], None],
         on_exit: Callable[[VmName, int], None],
         on_new_zygote: Callable[[], None],
+        on_renewed: Callable[[str], None],
+        store: FdStore,
+        version: str = __version__,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_new_zygote`: workers must hand it their connections. `on_renewed`: what came of `renew`, an error or nothing."""
         self._paths = paths
         self._settings = settings
         self._on_forked = on_forked
         self._on_not_forked = on_not_forked
-        self._on_exit = on_exit
         self._on_new_zygote = on_new_zygote
-        self._epoll = select.epoll()
-        self._zygote: socket.socket | None = None
+        self._on_renewed = on_renewed
+        self._store = store
+        self._version = version
+        self._clock = clock
+        self._poll = PacketPoll()
+        self._zygote: PacketEnd | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._workers: dict[int, tuple[VmName, int]] = {}  # pidfd → VM, pid
+        self._fresh = False  # the zygote was started by this broker
+        self._started: int | None = None  # when it was, as it says
+        self._settled = False  # it has said who it is and what it keeps: forks may go to it
+        self._due: float | None = None  # when it must have
+        self._forks: dict[
+            VmName, float | None
+        ] = {}  # asked for and not answered → when they must be; None: not sent yet
+        self._stored: list[Stored] = []  # what the service manager gave back, for a zygote that does not have it
+        self._held: set[tuple[str, str]] = set()  # what the zygote has told that it keeps
+        self._handover: Handover | None = None
+        self._renewing = False
+        self._former = Former(self._poll)
+        self.pidfds = Pidfds(on_exit)
+        self._poll.add_other(self.pidfds.fileno(), self.pidfds.turn)
         self._ending = False
 
     # -- start --------------------------------------------------------------------------------------------------------------
 
-    def start(self) -> bool:
-        """Connect to the zygote, or start one. True if it is a new one. Raises OSError, also for one that lives and is only busy."""
+    def start(self, stored: list[Stored] | None = None) -> bool:
+        """Connect to the zygote, or start one. True if it is a new one. `stored`: given to it unless it keeps something there.
+
+        Raises OSError if none can be started.
+        """
+        self._stored += stored or []
         try:
-            self._use(self._connect())
+            self._greet(connect(self._paths.zygote_socket), fresh=False)
         except (ConnectionRefusedError, FileNotFoundError):  # nobody listens
-            self._start_zygote()
-            self._use(self._connect())
+            self._start_fresh()
+            return True
+        except BlockingIOError:  # somebody has not taken a single caller for long
+            log.error("the zygote takes no calls; another one is started in its place")
+            self._start_fresh()
             return True
         return False
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.setblocking(False)
-        try:
-            connection.connect(os.fspath(self._paths.zygote_socket))
-        except OSError:
-            connection.close()
-            raise
-        return connection
+    def _start_fresh(self) -> None:
+        self._former.add(self._child)
+        self._child = start_zygote(self._paths, self._settings, self._paths.zygote_socket)
+        self._greet(connect(self._paths.zygote_socket), fresh=True)
 
-    def _use(self, connection: socket.socket) -> None:
-        self._zygote = connection
-        self._epoll.register(connection, select.EPOLLIN)
+    def _greet(self, zygote: PacketEnd, *, fresh: bool) -> None:
+        self._zygote = zygote
+        self._fresh, self._started, self._settled = fresh, None, False
+        self._due = self._clock() + (START_SECONDS if fresh else ANSWER_SECONDS)
+        self._poll.add(zygote, self._on_packet, self._zygote_lost)
+        self._held.clear()
+        for name in self._forks:
+            self._forks[name] = None
+        self._say(Hello(self._version))
 
-    def _start_zygote(self) -> None:
-        path = self._paths.zygote_socket
-        path.unlink(missing_ok=True)  # nobody listens there, as `start` has just found
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(os.fspath(path))
-            listener.listen(128)
-            self._child = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "vmloop.broker.zygote"),
-                    *("--listen-fd", str(listener.fileno())),
-                    *("--log", os.fspath(self._paths.state / "zygote.log")),
-                    *("--level", self._settings.log.level),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # A session of its own: a process group that is orphaned with a stopped member gets SIGHUP from the kernel, all of it.
-                start_new_session=True,
-                pass_fds=[listener.fileno()],
-                cwd="/",
-            )
-        log.info("zygote started, pid %d", self._child.pid)
-
-    # -- run ----------------------------------------------------------------------------------------------------------------
+    # -- what is asked of it ------------------------------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        return self._epoll.fileno()
+        return self._poll.fileno()
 
     def fork(self, name: VmName) -> None:
         """Ask for a worker; `on_forked` or `on_not_forked` follows."""
-        spec = WorkerSpec(
-            name=name,
-            run=os.fspath(self._paths.run),
-            state=os.fspath(self._paths.state),
-            etc=os.fspath(self._paths.etc),
-            settings=self._settings,
-        )
-        self._send(Fork(name, msgspec.msgpack.encode(spec)), name)
-
-    def watch(self, name: VmName, pid: int, started: int) -> None:
-        """Watch a worker that presented itself without having been forked for this broker; `started` as in common/process.py."""
-        if any(known == (name, pid) for known in self._workers.values()):
-            return
-        try:
-            pidfd = open_pidfd(pid)
-        except (ProcessGone, ValueError, OverflowError):  # gone, or no pid at all
-            self._on_exit(name, pid)
-            return
-        except OSError as error:  # no free fd: it is served unwatched; what is sent to it after its end comes back
-            log.error("VM %s: worker %d cannot be watched: %s", name, pid, error)
-            return
-        self._hold(name, pid, pidfd)
-        try:
-            if identify(pid).started == started:
+        self._forks.setdefault(name, None)
+        if self._zygote is None:
+            try:
+                self._renew()
+            except OSError as error:
+                self._forks.pop(name, None)
+                self._on_not_forked(name, f"the zygote cannot be asked: {error}")
                 return
-        except ProcessGone:
-            return  # the pidfd tells
-        except OSError as error:
-            log.warning("VM %s: process %d cannot be looked at: %s", name, pid, error)
-        log.warning("VM %s: process %d is not the worker that presented itself", name, pid)
-        self._release(pidfd)
-        self._on_exit(name, pid)
+        self._send_forks()
 
-    def kill(self, name: VmName, number: int = signal.SIGKILL) -> None:
-        """Send the workers of a VM (not the VM) a signal; by default they end."""
-        for pidfd, (worker_of, _) in self._workers.items():
-            if worker_of == name:
-                with contextlib.suppress(ProcessLookupError):  # it ended by itself in this instant
-                    signal.pidfd_send_signal(pidfd, number)
+    def renew(self, *, even_fresh: bool = True) -> None:
+        """Have another zygote take this one's place, with the code as it is on disk now; `on_renewed` follows.
+
+        `even_fresh` False: a zygote that this broker has started is left.
+        """
+        self._renewing = True
+        if self._handover is not None:
+            return
+        if self._zygote is None or not self._settled or (self._fresh and not even_fresh):
+            self._renewed("" if self._zygote is not None else "there is no zygote")
+            return
+        self._hand_over(mute=False)
 
     def end_zygote(self) -> None:
         """The zygote shall end with its last worker."""
         self._ending = True
-        self._send(Quit(), None)
+        if self._zygote is not None:
+            self._say(Quit())
+
+    # -- what happens -------------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Take what has happened: packets of the zygote, exits of workers."""
-        for fd, _ in self._epoll.poll(0):
-            if self._zygote is not None and fd == self._zygote.fileno():
-                self._receive(self._zygote)
-            elif fd in self._workers:
-                name, pid = self._workers[fd]
-                self._release(fd)
-                self._on_exit(name, pid)
+        """Take what has happened: packets of zygotes, exits of workers."""
+        self._poll.turn()
+
+    def next_due(self) -> float | None:
+        """When `on_tick` has something to do; None: not by itself."""
+        asked = [self._handover.due] if self._handover is not None else self._answers_due()
+        return min((due for due in (*asked, self._store.next_due()) if due is not None), default=None)
+
+    def _answers_due(self) -> list[float | None]:
+        return [self._due, *self._forks.values()]
+
+    def on_tick(self, now: float) -> None:
+        """Whoever has not answered in time."""
+        self._store.on_tick(now)
+        handover = self._handover
+        if handover is not None and handover.due <= now:
+            if handover.told:
+                self._fail_handover("the new zygote does not come up")
+            else:
+                self._end_hung("it does not tell what it keeps")
+        elif handover is None and any(due is not None and due <= now for due in self._answers_due()):
+            self._end_hung("it does not answer")
 
     def close(self) -> None:
         """Let go of everything; zygote and workers run on."""
-        for pidfd in self._workers:
-            os.close(pidfd)
-        self._workers.clear()
-        if self._zygote is not None:
-            self._zygote.close()
-            self._zygote = None
-        if self._child is not None and self._child.poll() is None:
-            self._child.returncode = 0  # it outlives us by design; Popen must not warn about it
-        self._epoll.close()
+        self.pidfds.close()
+        for stored in self._stored:
+            os.close(stored.fd)
+        self._stored.clear()
+        if self._handover is not None:
+            self._fail_handover("the broker ends")
+        self._zygote = None
+        self._former.close()
+        let_go(self._child)
+        self._poll.close()
 
-    def _hold(self, name: VmName, pid: int, pidfd: int) -> None:
-        self._workers[pidfd] = (name, pid)
-        self._epoll.register(pidfd, select.EPOLLIN)
+    def _on_packet(self, packet: Packet, fds: list[int]) -> None:
+        match packet:
+            case Forked() if len(fds) == 1:
+                name = VmName(packet.vm)
+                self._forks.pop(name, None)
+                self.pidfds.hold(name, packet.pid, fds.pop())
+                self._on_forked(name, packet.pid)
+            case Forked():  # its pidfd did not find a free fd: it presents itself all the same, and is watched then
+                self._forks.pop(VmName(packet.vm), None)
+            case NotForked():
+                self._forks.pop(VmName(packet.vm), None)
+                self._on_not_forked(VmName(packet.vm), packet.error)
+            case Hello() if not self._settled and self._handover is None:
+                self._on_hello(packet)
+            case Kept() | Dropped() | Told():
+                self._on_kept(packet, fds)
 
-    def _release(self, pidfd: int) -> None:
-        del self._workers[pidfd]
-        self._epoll.unregister(pidfd)
-        os.close(pidfd)
-
-    def _send(self, packet: Fork | Quit, name: VmName | None) -> None:
-        try:
-            if self._zygote is None:
-                self._renew()
-            if self._zygote is not None:
-                send_packet(self._zygote, packet)
-        except OSError as error:
-            if name is not None:
-                self._on_not_forked(name, f"the zygote cannot be asked: {error}")
-
-    def _receive(self, zygote: socket.socket) -> None:
-        try:
-            packet, fds = receive_packet(zygote)
-        except BlockingIOError:
-            return
-        except FdsLost as error:  # a worker was made; it presents itself all the same, and is watched then
-            log.error("zygote: %s", error)
-            return
-        except (OSError, BadRequest) as error:
-            log.error("zygote: %s", error)
-            packet, fds = None, []
-        if packet is None:
-            self._zygote_lost()
-        elif isinstance(packet, Forked) and len(fds) == 1:
-            name = VmName(packet.vm)
-            self._hold(name, packet.pid, fds.pop())
-            self._on_forked(name, packet.pid)
+    def _on_hello(self, hello: Hello) -> None:
+        self._started = hello.started
+        if not self._fresh and hello.version != self._version:
+            log.info(
+                "the zygote is of version %s, this is %s: another one takes its place", hello.version, self._version
+            )
+            self._hand_over(mute=False)
+        elif self._store.there:
+            self._say(Tell())
         else:
-            self._on_packet(packet)
-        for fd in fds:
-            os.close(fd)
+            self._settle()
 
-    def _on_packet(self, packet: Packet) -> None:
-        if isinstance(packet, NotForked):
-            self._on_not_forked(VmName(packet.vm), packet.error)
+    def _on_kept(self, packet: Kept | Dropped | Told, fds: list[int]) -> None:
+        if self._handover is not None:
+            try:
+                self._handover.from_old(packet, fds)
+            except OSError as error:
+                self._fail_handover(str(error))
+            else:
+                self._poll.arm(self._handover.heir)
+        elif isinstance(packet, Told):
+            self._settle()
+        elif isinstance(packet, Dropped):
+            self._store.drop(packet.vm, packet.slot)
+        elif fds:
+            self._held.add((packet.vm, packet.slot))
+            self._store.keep(packet.vm, packet.slot, fds.pop())
+
+    def _settle(self) -> None:
+        """The zygote can be used: first it gets what it does not have, then it is asked for workers."""
+        self._settled, self._due = True, None
+        stored, self._stored = self._stored, []
+        for vm, slot, fd in stored:
+            if (vm, slot) in self._held:
+                os.close(fd)
+            else:
+                self._say(Keep(vm, slot, spare=True), fd)
+        self._send_forks()
+
+    # -- another zygote -----------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, *, mute: bool) -> None:
+        """Begin to replace the zygote by a new one. `mute`: it is of a version that cannot tell what it keeps."""
+        at = self._paths.zygote_socket.with_name("zygote.new")
+        try:
+            child = start_zygote(self._paths, self._settings, at)
+            heir = connect(at)
+            self._poll.add(heir, self._from_heir, lambda: self._fail_handover("the new zygote has ended"))
+            due = self._clock() + START_SECONDS
+            self._handover = Handover(None if mute else self._zygote, heir, child, self._version, due)
+            self._due = None
+        except OSError as error:
+            self._stay(f"no other zygote can be started: {error}")
+
+    def _from_heir(self, packet: Packet, _: list[int]) -> None:
+        assert self._handover is not None
+        self._handover.from_heir(packet)
+        if self._handover.done:
+            self._take_over(self._handover)
+
+    def _take_over(self, handover: Handover) -> None:
+        """The heir has everything: it takes the place of the old one."""
+        at = self._paths.zygote_socket
+        try:
+            os.rename(at.with_name("zygote.new"), at)
+        except OSError as error:
+            self._fail_handover(str(error))
+            return
+        self._handover = None
+        old = self._zygote
+        if old is not None:
+            self._retire(old)
+        self._former.add(self._child)
+        self._child = handover.child
+        self._zygote, self._fresh, self._started = handover.heir, True, None
+        self._poll.add(handover.heir, self._on_packet, self._zygote_lost)
+        self._held.clear()
+        log.info("zygote %d has taken over", handover.child.pid)
+        self._on_new_zygote()
+        if self._store.there:
+            self._settled = False
+            self._due = self._clock() + ANSWER_SECONDS
+            self._say(Tell())
+        else:
+            self._settle()
+        self._renewed("")
+
+    def _retire(self, old: PacketEnd) -> None:
+        self._poll.add(old, self._from_retired, lambda: self._poll.close_end(old))
+        try:
+            if (
+                not self._settled and self._started is None
+            ):  # it never said who it is: it cannot tell either, but it can fork
+                for name in self._forks:  # those workers inherit what it keeps, and hand it to the new one
+                    old.send(fork_packet(self._paths, self._settings, name))
+                    self._forks[name] = self._clock() + ANSWER_SECONDS
+                old.send(Quit())
+            else:
+                old.send(Retire())
+        except OSError as error:
+            log.info("the old zygote is gone: %s", error)
+            self._poll.close_end(old)
+
+    def _from_retired(self, packet: Packet, fds: list[int]) -> None:
+        """What a zygote that has retired still hears is the new one's."""
+        if isinstance(packet, (Forked, NotForked)):
+            self._on_packet(packet, fds)
+        elif self._zygote is not None:
+            try:
+                pass_on(packet, fds, self._zygote)
+                if isinstance(packet, Exited) and not packet.vm:
+                    self._zygote.send(packet)
+            except OSError:
+                return  # its end is read in its turn
+            self._poll.arm(self._zygote)
+
+    def _fail_handover(self, why: str) -> None:
+        handover, self._handover = self._handover, None
+        assert handover is not None
+        self._poll.close_end(handover.heir)
+        self._former.add(handover.child, kill=True)
+        self._paths.zygote_socket.with_name("zygote.new").unlink(missing_ok=True)
+        self._stay(why)
+
+    def _stay(self, why: str) -> None:
+        """The old zygote is not replaced, and serves on."""
+        log.error("the zygote is not replaced: %s", why)
+        if self._zygote is not None and not self._settled:
+            self._settle()
+        self._renewed(why)
+
+    def _renewed(self, error: str) -> None:
+        if self._renewing:
+            self._renewing = False
+            self._on_renewed(error)
+
+    # -- a zygote that is lost, or hangs --------------------------------------------------------------------------------------
 
     def _zygote_lost(self) -> None:
+        mute = not self._settled and not self._fresh and self._started is None
+        self._forget_zygote()
+        if self._handover is not None:
+            try:
+                self._handover.old_is_gone()
+            except OSError as error:
+                self._fail_handover(str(error))
+            return
+        if self._ending and not self._forks:
+            return
+        try:
+            if mute and self._reach_mute():
+                return
+            log.error("the zygote is gone; another one takes its place")
+            self._renew()
+        except OSError as error:
+            log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
+
+    def _reach_mute(self) -> bool:
+        """A zygote that hangs up on a greeting is of a version that knew none. False if there is none."""
+        try:
+            self._zygote = connect(self._paths.zygote_socket)
+        except OSError:
+            return False
+        self._poll.add(self._zygote, self._on_packet, self._zygote_lost)
+        self._fresh = False
+        log.info("the zygote does not tell its version, so it is an old one: another one takes its place")
+        self._hand_over(mute=True)
+        return True
+
+    def _end_hung(self, why: str) -> None:
+        """What the zygote alone kept is lost; the workers hand the new one theirs."""
+        zygote = self._zygote
+        if zygote is None:
+            return
+        if self._fresh and self._child is not None:
+            self._former.add(self._child, kill=True)
+            self._child, killed = None, True
+        else:
+            killed = kill_zygote(zygote, self._paths, self._started)
+        log.error("the zygote is %s: %s", "ended" if killed else "left alone", why)
+        self._forget_zygote()
+        if self._handover is not None:
+            self._handover.due = self._clock() + START_SECONDS
+            try:
+                self._handover.old_is_gone()
+            except OSError as error:
+                self._fail_handover(str(error))
+            return
+        try:
+            self._start_fresh()
+            self._on_new_zygote()
+        except OSError as error:
+            log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
+
+    def _forget_zygote(self) -> None:
         assert self._zygote is not None
-        self._epoll.unregister(self._zygote)
-        self._zygote.close()
-        self._zygote = None
+        self._poll.close_end(self._zygote)
+        self._zygote, self._settled, self._due = None, False, None
+        for name in self._forks:
+            self._forks[name] = None
         if self._child is not None:
             self._child.poll()
-        if not self._ending:
-            log.error("the zygote is gone; another one takes its place")
-            try:
-                self._renew()
-            except OSError as error:
-                log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
 
     def _renew(self) -> None:
         if self.start():
             self._on_new_zygote()
+
+    # -- packets and pidfds -------------------------------------------------------------------------------------------------
+
+    def _send_forks(self) -> None:
+        if not self._settled or self._handover is not None:
+            return
+        for name, due in tuple(self._forks.items()):
+            if due is None:
+                self._forks[name] = self._clock() + ANSWER_SECONDS
+                self._say(fork_packet(self._paths, self._settings, name))
+
+    def _say(self, packet: Packet, fd: int | None = None) -> None:
+        """Tell the zygote; if it is gone, that is read from its connection in its turn, and what was asked is asked of the next one."""
+        assert self._zygote is not None
+        try:
+            self._zygote.send(packet, fd)
+        except OSError as error:
+            log.info("the zygote cannot be told: %s", error)
+            return
+        self._poll.arm(self._zygote)

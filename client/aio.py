@@ -32,7 +32,7 @@ from .calls import DEFAULT_TIMEOUT, Answer, Call, Calls, new_call
 from .endpoint import Endpoint, find_endpoint, wait_until_listening_async
 from .lane import Socket, connection_lost, readable
 from .requests import Request
-from .results import BrokerVersion, HostShutdown, VmStarted, VmStats, VmSummary
+from .results import BrokerVersion, HostShutdown, VmStarted, VmStats, VmSummary, WorkersRestarted
 
 T = TypeVar("T")
 
@@ -40,6 +40,10 @@ T = TypeVar("T")
 SAFETY_TICK: Final = 1.0
 # Frames taken before other tasks of the loop get their turn.
 BATCH: Final = 200
+
+
+def _ignore(part: Any) -> None:
+    """For parts that nobody wants."""
 
 
 def connect(
@@ -163,6 +167,11 @@ class Host:
     async def shutdown(self, vms: Literal["leave", "kill"] = "leave") -> HostShutdown:
         """End the broker; with "kill" the VMs too, which else run on."""
         return await self.ask(requests.shutdown(vms))
+
+    async def restart_workers(self, *names: str, on_part: Callable[[Any], None] = _ignore) -> WorkersRestarted:
+        """As session.Host.restart_workers."""
+        request = requests.restart_workers(names)
+        return request.result((await self.answer_in_parts(request, on_part)).value)
 
     def vm(self, name: str) -> Vm:
         """A handle on a VM, which need not exist yet."""

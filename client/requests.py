@@ -15,7 +15,17 @@ import msgspec
 from ..common.cursor import Cursor
 from ..common.errors import Internal
 from ..common.names import HOST_SERVICE, vm_name
-from .results import BrokerVersion, HostShutdown, VmChanged, VmDetails, VmStarted, VmStats, VmSummary, typed
+from .results import (
+    BrokerVersion,
+    HostShutdown,
+    VmChanged,
+    VmDetails,
+    VmStarted,
+    VmStats,
+    VmSummary,
+    WorkersRestarted,
+    typed,
+)
 
 T = TypeVar("T")
 
@@ -28,6 +38,9 @@ EXEC_TIMEOUT: Final = 60.0
 # A hold on frozen file systems is given so much longer than its limit: to freeze them and to thaw them.
 FREEZE_MARGIN: Final = 60.0
 MAX_HOLD: Final = 3600.0  # seconds; the wire's limit for any request
+
+# All workers of a host, one after the other, each with up to 40 s; the wire's limit for any request.
+MAX_ROLLING: Final = 3600.0
 
 # QMP commands that change nothing, beside query-*. They may be sent twice.
 READING_COMMANDS: Final = frozenset(
@@ -104,6 +117,19 @@ def attach(name: str, qmp: str | Path, agent: str | Path | None, pid: int | None
 
 def shutdown(vms: str) -> Request[HostShutdown]:
     return Request(HOST_SERVICE, "shutdown", {"vms": vms}, lambda value: typed(value, HostShutdown))
+
+
+def restart_workers(names: tuple[str, ...]) -> Request[WorkersRestarted]:
+    """Asked for as a stream, each part is one VM that is done. Without a key: a repeat would replace the workers once more."""
+    arguments = {"names": [vm_name(name) for name in names]} if names else None
+    return Request(
+        HOST_SERVICE,
+        "restart-workers",
+        arguments,
+        lambda value: typed(value, WorkersRestarted),
+        timeout=MAX_ROLLING,
+        key=b"",
+    )
 
 
 # -- one VM; `service` is names.vm_service(NAME) -------------------------------------------------------------------------

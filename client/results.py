@@ -133,3 +133,17 @@ class HostShutdown(msgspec.Struct, frozen=True):
 
     vms: str
     count: int = 0
+
+
+class WorkerNotRestarted(msgspec.Struct, frozen=True):
+    """One VM of `restart-workers` whose worker was not replaced; the VM runs on."""
+
+    name: str
+    error: str
+
+
+class WorkersRestarted(msgspec.Struct, frozen=True):
+    """Answer of `restart-workers`."""
+
+    restarted: int
+    failed: list[WorkerNotRestarted] = []

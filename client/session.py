@@ -28,7 +28,7 @@ from .calls import DEFAULT_TIMEOUT, Answer
 from .endpoint import Endpoint, find_endpoint, wait_until_listening
 from .lane import Lane, Socket
 from .requests import Request
-from .results import BrokerVersion, HostShutdown, VmStarted, VmStats, VmSummary
+from .results import BrokerVersion, HostShutdown, VmStarted, VmStats, VmSummary, WorkersRestarted
 from .subscription import Events
 from .vm import Vm
 
@@ -38,6 +38,10 @@ T = TypeVar("T")
 MAX_LANES: Final = 256
 # Of `call_many` on one lane; a quarter of what the broker allows one client.
 IN_FLIGHT: Final = 256
+
+
+def _ignore(part: Any) -> None:
+    """For parts that nobody wants."""
 
 
 def connect(
@@ -126,6 +130,14 @@ class Host:
     def shutdown(self, vms: Literal["leave", "kill"] = "leave") -> HostShutdown:
         """End the broker; with "kill" the VMs too, which else run on."""
         return self.ask(requests.shutdown(vms))
+
+    def restart_workers(self, *names: str, on_part: Callable[[Any], None] = _ignore) -> WorkersRestarted:
+        """Replace the workers of some VMs, of all without names, one after the other; the VMs run on.
+
+        `on_part`: called as each is done, with `{name, worker_pid}` or `{name, error}`. May take long: see requests.MAX_ROLLING.
+        """
+        request = requests.restart_workers(names)
+        return request.result(self.answer_in_parts(request, on_part).value)
 
     def vm(self, name: str) -> Vm:
         """A handle on a VM, which need not exist yet."""

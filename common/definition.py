@@ -2,6 +2,7 @@
 """The definition of a VM: the TOML that an operator writes, checked (design, section 10).
 
     name = "web1"
+    autostart = true                     # start it when the host has started
     [qemu]
     binary = "qemu-system-x86_64"        # or "simulated"
     args = ["-machine", "q35,accel=kvm:tcg", "-m", "512"]
@@ -74,6 +75,7 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qemu: QemuSection = QemuSection()
     agent: AgentSection = AgentSection()
     handlers: HandlersSection = HandlersSection()
+    autostart: bool = False  # started when the host has started
 
 
 def definition_from_toml(text: bytes, origin: str) -> Definition:
@@ -88,7 +90,7 @@ def definition_from_mapping(data: object, origin: str) -> Definition:
 
 def definition_to_toml(definition: Definition) -> bytes:
     """TOML text that reads back as the same definition. JSON strings are valid TOML basic strings."""
-    lines = [f"name = {_quoted(definition.name)}"]
+    lines = [f"name = {_quoted(definition.name)}", f"autostart = {_toml_value(definition.autostart)}"]
     sections: dict[str, dict[str, Any]] = msgspec.to_builtins(definition)
     for section, values in sections.items():
         if isinstance(values, dict):

@@ -53,6 +53,10 @@ class Paths:
         return self.run / "broker.lock"
 
     @property
+    def boot_file(self) -> Path:
+        return self.state / "boot-id"
+
+    @property
     def settings_file(self) -> Path:
         return self.etc / "vmloop.toml"
 

@@ -89,3 +89,8 @@ def _gone_or_hidden(pid: int) -> Exception:
     except PermissionError:
         pass
     return CannotTell(errno.EACCES, f"process {pid} lives, but /proc does not show it (hidepid?)")
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot: what ran in another boot cannot be alive."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -19,9 +19,9 @@ import msgspec
 import zmq
 
 from ..common.definition import definition_from_toml
-from ..common.errors import VmloopError
+from ..common.errors import BadRequest, VmloopError
 from ..common.names import VmName, vm_service
-from ..common.pack import pack
+from ..common.pack import pack, unpack_map
 from ..common.page import Page, Word
 from ..common.paths import Paths, VmPaths
 from ..common.settings import Settings
@@ -70,6 +70,7 @@ class App:
         self.order = Order(loop)
         self.definition = _read_definition(self.paths)  # as it is on disk now; a run keeps the one it was started from
         self.forget = False  # the broker shall not know the VM any more
+        self.protocol = 1  # what the broker speaks to this worker
         self._page = page
         self._predecessor = predecessor
         self._stack = stack
@@ -193,6 +194,8 @@ class App:
             self._keeper.keep_again()
         elif message.kind is Kind.CONTROL and message.op == "leave":
             self.leave()
+        elif message.kind is Kind.CONTROL and message.op == "agreed":
+            self.protocol = _agreed(message)
         elif message.kind is Kind.CONTROL and message.op == "cancel":
             self.requests.caller_gone(message.id)
         else:
@@ -267,6 +270,14 @@ class App:
         )
         cursor = self.events.cursor
         return encode(Message(kind=kind, service=self._service, body=pack(body), epoch=cursor.epoch, seq=cursor.seq))
+
+
+def _agreed(message: Message) -> int:
+    try:
+        return int(unpack_map(message.body).get("protocol", 1))
+    except (BadRequest, TypeError, ValueError) as error:
+        log.warning("the broker agreed on a protocol that makes no sense: %s", error)
+        return 1
 
 
 def _read_definition(paths: VmPaths) -> dict[str, Any] | None:

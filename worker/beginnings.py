@@ -17,7 +17,7 @@ import msgspec
 
 from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
 from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
-from ..common.process import ProcessGone
+from ..common.process import ProcessGone, boot_id
 from ..common.states import VmState
 from .handling import Handling
 from .predecessor import Predecessor
@@ -26,7 +26,7 @@ from .qemu.launch import launch, log_tail, mark_of
 from .qemu.recognise import recognise
 from .recognition import FACT, UNRECOGNISED, WAY_OUT, hold_again
 from .run_page import Fact
-from .runfile import Run, boot_id
+from .runfile import Run
 from .transitions import Move
 from .vm import END_GRACE, Vm
 

@@ -20,7 +20,7 @@ import tenacity
 
 from ..common.durable import set_aside, write_whole
 from ..common.paths import JOURNAL, VmPaths
-from ..common.process import Identity
+from ..common.process import Identity, boot_id
 from .qemu.adopt import is_refused
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,6 @@ def salvage_run(paths: VmPaths, epoch: int, *, attached: bool) -> Run:
 def write_run(path: Path, run: Run) -> None:
     """Replace the file. Raises OSError; then the old one is untouched."""
     write_whole(path, msgspec.json.encode(run))
-
-
-def boot_id() -> str:
-    """The kernel's id of this boot: a run of another boot cannot be alive."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class RunFile:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Final
+from typing import Any
 
 from .. import __version__
 from ..common.page import Page, Word
+from ..common.worker_protocol import NEWEST, PROTOCOLS
 from .vm import Vm
-
-PROTOCOL: Final = 2  # between broker and worker
 
 
 def status_of(
@@ -28,7 +27,8 @@ def status_of(
     run = vm.run
     session = vm.session
     return {
-        "protocol": PROTOCOL,
+        "protocol": NEWEST,
+        "protocols": list(PROTOCOLS),
         "version": __version__,
         "worker_pid": os.getpid(),
         "worker_ticks": page.words[Word.WORKER_STARTED],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`broker` and `shutdown`: the broker's beginning and end."""
+"""`broker`, `shutdown` and `restart-workers`: the beginning and end of vmloop's own processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import click
+import msgspec
 
-from .base import Invocation, verb
+from .base import Exit, Invocation, verb, vms_argument
 
 
 @verb("broker")
@@ -38,4 +39,22 @@ def shutdown(invocation: Invocation, kill: bool) -> None:
     output.result(value, lambda: output.line(f"broker ends, {count} VMs {end}"))
 
 
-COMMANDS = {"broker": broker, "shutdown": shutdown}
+@verb("restart-workers")
+@vms_argument
+def restart_workers(invocation: Invocation, names: tuple[str, ...]) -> int:
+    """Replace the VMs' workers, one after the other; the VMs run on.
+
+    After an upgrade: the new workers have the new code.
+    """
+    output = invocation.output()
+    with invocation.host() as host:
+        count = len(names) or sum(vm.worker != "absent" for vm in host.list())
+        with output.progress(f"restarting the workers of {count} VMs", count) as progress:
+            done = host.restart_workers(*names, on_part=lambda _: progress.advance())
+    output.result(msgspec.to_builtins(done), lambda: output.line(f"{done.restarted} workers restarted"))
+    for failure in done.failed:
+        click.echo(f"vmloop: {failure.error}", err=True)
+    return Exit.FAILED if done.failed else Exit.DONE
+
+
+COMMANDS = {"broker": broker, "shutdown": shutdown, "restart-workers": restart_workers}

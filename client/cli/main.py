@@ -26,6 +26,7 @@ COMPLETION_VARIABLE: Final = "_VMLOOP_COMPLETE"
 FAMILY: Final = {
     "broker": "broker_process",
     "shutdown": "broker_process",
+    "restart-workers": "broker_process",
     "define": "definitions",
     "undefine": "definitions",
     "start": "power",

@@ -158,6 +158,27 @@ def many(site: Site, host: Host) -> list[Row]:
     ]
 
 
+def broker_restarted(site: Site, host: Host) -> list[Row]:
+    """The broker killed under 200 simulated VMs and started again: from its taking connections until each VM has answered."""
+    directory, names = site.simulate(200, "r")
+    for _, answer in host.call_many([_attach(name, directory / f"{name}.qmp") for name in names], in_flight=64):
+        if isinstance(answer, VmloopError):
+            raise answer
+    site.kill_broker()
+    site.start_broker()
+    again = site.host()
+    begin = time.perf_counter()
+    asked = [requests.qmp(vm_service(vm_name(name)), "query-name", None, False, False, None, None) for name in names]
+    for _, answer in again.call_many(asked, in_flight=200):
+        if isinstance(answer, VmloopError):
+            raise answer
+    served = time.perf_counter() - begin
+    for _, answer in again.call_many([_detach(name) for name in names], in_flight=64):
+        if isinstance(answer, VmloopError):
+            raise answer
+    return [Row("broker killed and restarted under 200 VMs: all served after it is up", f"{served:.2f} s", "3 s")]
+
+
 def list_command(site: Site, host: Host) -> list[Row]:
     """`vmloop list` as a whole process."""
     del host
@@ -176,6 +197,7 @@ ALL: list[Callable[[Site, Host], list[Row]]] = [
     frozen_neighbour,
     worker_killed,
     many,
+    broker_restarted,
     list_command,
     contained_real,
     contained_simulated,

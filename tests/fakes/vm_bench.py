@@ -21,14 +21,14 @@ from vmloop.common.definition import AgentSection
 from vmloop.common.names import VmName
 from vmloop.common.page import Page
 from vmloop.common.paths import VmPaths
-from vmloop.common.process import identify
+from vmloop.common.process import boot_id, identify
 from vmloop.common.settings import WorkerSettings
 from vmloop.common.states import VmState
 from vmloop.worker.events import Event, EventLog
 from vmloop.worker.journal.store import EventStore
 from vmloop.worker.keeper import Keeper
 from vmloop.worker.qemu.process import QemuProcess
-from vmloop.worker.runfile import Run, boot_id
+from vmloop.worker.runfile import Run
 from vmloop.worker.vm import Vm
 
 from .qmp_peer import QmpPeer

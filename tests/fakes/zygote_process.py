@@ -77,6 +77,7 @@ class ZygoteProcess(Root):
                     *(sys.executable, "-m", "vmloop.broker.zygote"),
                     *("--listen-fd", str(listener.fileno())),
                     *("--log", str(self.log_file)),
+                    *("--path", str(self.paths.zygote_socket)),
                 ],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmloop.broker.systemd import Notifier
+from vmloop.broker.systemd import Notifier, take_passed_fds
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -46,9 +46,32 @@ def test_a_manager_that_does_not_read_does_not_stop_the_broker(manager: tuple[so
 
 @pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}])
 def test_without_a_manager_nothing_happens(environ: dict[str, str]) -> None:
-    Notifier(environ).ready("nobody listens")
+    notifier = Notifier(environ)
+    notifier.ready("nobody listens")
+    assert not notifier.there
 
 
 @pytest.mark.parametrize("address", ["/nowhere/at/all", "@vmloop-nobody-there", "/" + "x" * 300, "@" + "x" * 300])
 def test_a_manager_that_is_gone_is_no_error(address: str) -> None:
     Notifier({"NOTIFY_SOCKET": address}).stopping("nobody listens")
+
+
+def test_the_managers_address_is_not_left_to_children(manager: tuple[socket.socket, str]) -> None:
+    environ = {"NOTIFY_SOCKET": manager[1], "PATH": "/bin"}
+    assert Notifier(environ).there
+    assert environ == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"LISTEN_PID": "1", "LISTEN_FDS": "1"},
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "-1"},
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many"},
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0", "LISTEN_FDNAMES": ""},
+    ],
+)
+def test_what_was_passed_to_another_process_or_makes_no_sense_is_nothing(environ: dict[str, str]) -> None:
+    assert take_passed_fds(environ, os.getpid()) == []
+    assert environ == {}

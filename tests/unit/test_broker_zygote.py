@@ -20,7 +20,21 @@ from vmloop.common.names import VmName
 from vmloop.common.pack import pack, unpack
 from vmloop.common.sockets import WORKER_QUEUE, bind_router
 from vmloop.common.wire import Kind, Message, decode, encode
-from vmloop.common.zygote_wire import MAX_PACKET_BYTES, Drop, Exited, Fork, Forked, Keep, NotForked, Quit, send_packet
+from vmloop.common.zygote_wire import (
+    MAX_PACKET_BYTES,
+    Drop,
+    Dropped,
+    Exited,
+    Fork,
+    Forked,
+    Keep,
+    Kept,
+    NotForked,
+    Quit,
+    Told,
+    send_packet,
+)
+from vmloop.worker.orphan import Orphan
 
 from ..fakes.zygote_process import SECONDS, ZygoteProcess, expect, readable
 
@@ -217,12 +231,17 @@ def test_a_vm_whose_worker_died_becomes_the_zygotes_child_and_its_status_is_told
         identity, _ = door.recv_multipart()
         asked(door, identity, "define", {"definition": definition})
         qemu = asked(door, identity, "start", {"name": "web1"})["pid"]
+        orphan = Orphan(zygote.paths.zygote_socket, VmName("web1"))
+        orphan.announce(qemu)
         qemu_pidfd = os.pidfd_open(qemu)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         assert expect(broker, Exited) == Exited(pid, -9, "web1")
         assert not readable(qemu_pidfd, 0), "it lives on"
         signal.pidfd_send_signal(qemu_pidfd, signal.SIGKILL)
         assert expect(broker, Exited) == Exited(qemu, -9, "")
+        orphan.watch(qemu)
+        assert orphan.status(SECONDS) == -9
+        orphan.close()
         os.close(pidfd)
         os.close(qemu_pidfd)
     finally:
@@ -305,7 +324,7 @@ def test_a_packet_over_the_limit_is_refused(zygote: ZygoteProcess) -> None:
 
 def test_packets_that_only_the_zygote_sends_are_ignored(zygote: ZygoteProcess) -> None:
     broker = zygote.connect()
-    for packet in (Forked("web1", 5), NotForked("web1", "why"), Exited(5, 0)):
+    for packet in (Forked("web1", 5), NotForked("web1", "why"), Kept("web1", "monitor"), Dropped("web1"), Told()):
         send_packet(broker, packet)
     assert zygote.lives_after(broker)
 

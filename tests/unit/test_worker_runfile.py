@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmloop.common.process import Identity
+from vmloop.common.process import Identity, boot_id
 from vmloop.worker.runfile import (
     MAX_BYTES,
     Run,
     RunEnd,
     RunFile,
-    boot_id,
     clear_run_directory,
     read_run,
     remove_directory,

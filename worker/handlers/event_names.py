@@ -22,6 +22,7 @@ _OWN_PREFIXES: Final = (
     "COMMAND_",
     "JOURNAL_",
     "VMLOOP_",
+    "AUTOSTART_",
 )
 
 # Those of vmloop's shipped handlers (docs/handlers-shipped.md) that no prefix covers.

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the zygote tells of itself, of what it keeps and of orphans, and how it makes way for another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmloop import __version__
+from vmloop.common.names import VmName
+from vmloop.common.process import identify
+from vmloop.common.zygote_wire import (
+    Drop,
+    Dropped,
+    Exited,
+    Hello,
+    Keep,
+    Kept,
+    Retire,
+    Tell,
+    Told,
+    receive_packet,
+    send_packet,
+)
+from vmloop.worker.orphan import Orphan
+
+from ..fakes.zygote_process import SECONDS, ZygoteProcess, expect, readable
+
+
+@pytest.fixture
+def zygote() -> Iterator[ZygoteProcess]:
+    with ZygoteProcess() as started:
+        yield started
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A VM's connection: the worker's end, and the peer's, which sees when nobody has the other any more."""
+    mine, peer = socket.socketpair()
+    with mine, peer:
+        yield mine, peer
+
+
+def keep(connection: socket.socket, end: socket.socket, vm: str = "web1", slot: str = "monitor") -> None:
+    send_packet(connection, Keep(vm, slot), [end.fileno()])
+    end.close()
+
+
+# -- who it is, and what it keeps -------------------------------------------------------------------------------------------
+
+
+def test_a_greeting_is_answered_with_version_and_process(zygote: ZygoteProcess) -> None:
+    broker = zygote.connect()
+    send_packet(broker, Hello("0.0.1"))
+    identity = identify(zygote.child.pid)
+    assert expect(broker, Hello) == Hello(__version__, identity.pid, identity.started)
+
+
+def told(connection: socket.socket) -> list[tuple[str, str]]:
+    """What the zygote tells that it keeps, until it has told all; the fds are closed."""
+    found: list[tuple[str, str]] = []
+    while True:
+        packet, fds = receive_packet(connection)
+        for fd in fds:
+            os.close(fd)
+        if isinstance(packet, Told):
+            return found
+        assert isinstance(packet, Kept)
+        assert len(fds) == 1
+        found.append((packet.vm, packet.slot))
+
+
+def test_who_asks_is_told_of_all_that_is_kept_and_of_every_change(zygote: ZygoteProcess) -> None:
+    worker, broker, stranger = zygote.connect(), zygote.connect(), zygote.connect()
+    pairs = [socket.socketpair() for _ in range(3)]
+    keep(worker, pairs[0][0], "web1", "monitor")
+    keep(worker, pairs[1][0], "web1", "agent")
+    assert zygote.lives_after(worker)
+    send_packet(broker, Tell())
+    assert told(broker) == [("web1", "monitor"), ("web1", "agent")]
+    keep(worker, pairs[2][0], "web2", "monitor")
+    packet, [fd] = receive_packet(broker)
+    assert packet == Kept("web2", "monitor")
+    pairs[2][1].send(b"to whoever has it")
+    assert os.read(fd, 100) == b"to whoever has it"
+    os.close(fd)
+    send_packet(worker, Drop("web1", "agent"))
+    assert expect(broker, Dropped) == Dropped("web1", "agent")
+    send_packet(worker, Drop("web1"))
+    assert expect(broker, Dropped) == Dropped("web1")
+    send_packet(worker, Drop("web1"))
+    assert zygote.lives_after(worker)
+    assert not readable(broker, 0), "nothing was dropped that was not kept"
+    assert not readable(stranger, 0)
+    for _, peer in pairs:
+        peer.close()
+
+
+def test_a_spare_connection_is_kept_only_where_there_is_none(zygote: ZygoteProcess) -> None:
+    broker = zygote.connect()
+    pairs = [socket.socketpair() for _ in range(3)]
+    keep(broker, pairs[0][0])
+    for (mine, _), slot in zip(pairs[1:], ("monitor", "agent"), strict=True):
+        send_packet(broker, Keep("web1", slot, spare=True), [mine.fileno()])
+        mine.close()
+    assert zygote.lives_after(broker)
+    assert readable(pairs[1][1])
+    assert not readable(pairs[0][1], 0)
+    assert not readable(pairs[2][1], 0)
+    for _, peer in pairs:
+        peer.close()
+
+
+def test_one_that_retires_lets_go_of_everything_and_ends_with_its_last_child(
+    zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    mine, peer = pair
+    broker, worker = zygote.connect(), zygote.connect()
+    keep(worker, mine)
+    _, pidfd = zygote.fork(broker, "web2")
+    send_packet(broker, Hello("0.0.1"))
+    expect(broker, Hello)
+    send_packet(broker, Tell())
+    assert told(broker) == [("web1", "monitor")]
+    send_packet(broker, Retire())
+    assert readable(peer)
+    assert not readable(broker, 0), "what goes to another zygote is not dropped"
+    late, late_peer = socket.socketpair()
+    keep(worker, late, "web3")
+    packet, [fd] = receive_packet(broker)
+    assert packet == Kept("web3", "monitor"), "a worker that has not heard of the other one yet"
+    os.close(fd)
+    assert readable(late_peer), "it keeps nothing itself any more"
+    late_peer.close()
+    assert not zygote.ended(0.2)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
+    assert zygote.ended()
+
+
+def test_one_whose_place_another_has_taken_lets_go_when_its_broker_goes(
+    zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    mine, peer = pair
+    broker = zygote.connect()
+    keep(broker, mine)
+    assert zygote.lives_after(broker)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        new = zygote.paths.run / "zygote.new"
+        other.bind(os.fspath(new))
+        new.rename(zygote.paths.zygote_socket)
+        broker.close()
+        assert zygote.ended()
+    assert readable(peer)
+
+
+def test_one_whose_socket_was_removed_keeps_what_it_has(
+    zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    mine, peer = pair
+    broker, other = zygote.connect(), zygote.connect()
+    keep(broker, mine)
+    assert zygote.lives_after(broker)
+    zygote.paths.zygote_socket.unlink()
+    broker.close()
+    assert zygote.lives_after(other)
+    assert not readable(peer, 0)
+
+
+def test_a_broker_that_does_not_read_is_told_of_no_more_than_there_is_room_for(zygote: ZygoteProcess) -> None:
+    worker, broker = zygote.connect(), zygote.connect()
+    send_packet(broker, Tell())
+    assert told(broker) == []
+    pair = socket.socketpair()
+    for _ in range(600):
+        send_packet(worker, Keep("web1", "monitor"), [pair[0].fileno()])
+        send_packet(worker, Drop("web1"))
+    assert zygote.lives_after(worker)
+    news: list[type] = []
+    while len(news) < 1200:
+        packet, fds = receive_packet(broker)
+        for fd in fds:
+            os.close(fd)
+        news.append(type(packet))
+    assert news == [Kept, Dropped] * 600
+    for end in pair:
+        end.close()
+
+
+# -- orphans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_how_an_orphan_ended_is_told_to_its_vms_worker_and_remembered_for_the_next(zygote: ZygoteProcess) -> None:
+    broker = zygote.connect()
+    pid, pidfd = zygote.fork(broker)  # any child does
+    orphan = Orphan(zygote.paths.zygote_socket, VmName("web1"))
+    orphan.watch(pid)
+    assert orphan.status(0) is None
+    send_packet(broker, Exited(99999, 7, ""))  # of a zygote that has retired, and of nobody that is watched
+    assert zygote.lives_after(broker)
+    assert orphan.status(0) is None
+    send_packet(broker, Exited(pid, 7, ""))
+    assert orphan.status(SECONDS) == 7
+    orphan.close()
+    second = Orphan(zygote.paths.zygote_socket, VmName("web1"))
+    second.watch(pid)
+    assert second.status(SECONDS) == 7, "remembered"
+    second.watch(pid + 1)
+    assert second.status(0.05) is None, "of another process"
+    other = Orphan(zygote.paths.zygote_socket, VmName("web2"))
+    other.watch(pid)
+    assert other.status(0.05) is None, "of another VM"
+    send_packet(broker, Drop("web1"))
+    assert zygote.lives_after(broker)
+    second.watch(pid)
+    assert second.status(0.05) is None, "the run is over"
+    second.close()
+    other.close()
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
+
+
+def test_without_a_zygote_nothing_is_known_and_nothing_raised(tmp_path: Path) -> None:
+    orphan = Orphan(tmp_path / "none.sock", VmName("web1"))
+    orphan.announce(os.getpid())
+    orphan.watch(os.getpid())
+    orphan.again()
+    assert orphan.status() is None
+    assert orphan.fileno() == -1
+    orphan.close()
