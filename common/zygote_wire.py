@@ -169,9 +169,10 @@ def receive_packet(connection: socket.socket) -> tuple[Packet | None, list[int]]
 
 def _packet_in(data: bytes) -> Packet:
     try:
-        return _decoder.decode(data)
+        packet: Packet = _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise BadRequest(f"a packet on the zygote's socket makes no sense: {error}") from error
+    return packet
 
 
 def _close(fds: list[int]) -> None:

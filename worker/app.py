@@ -216,9 +216,9 @@ class App:
 
     def private_fds(self) -> list[int]:
         """What a child that a handler forks must not keep: it would hold the connections open, or read what is not for it."""
-        sources = (self.vm.session, self.vm.agent, self._keeper, self.requests)
+        sources = (self.vm.session, self.vm.agent, self.requests)
         own = [fd for source in sources if source is not None and (fd := source.fileno()) >= 0]
-        return [*own, *self.events.filenos(), *self._link.filenos()]
+        return [*own, *self._keeper.filenos(), *self.events.filenos(), *self._link.filenos()]
 
     def send_status(self) -> None:
         """Tell the broker what is known of the VM now."""

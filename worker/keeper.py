@@ -18,6 +18,7 @@ import tenacity
 
 from ..common.names import VmName
 from ..common.zygote_wire import Drop, Keep, send_packet
+from .orphan import Orphan
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Keeper:
         self._path = path
         self._name = name
         self._connection: socket.socket | None = None
+        self._orphan = Orphan(path, name)
         self._kept: dict[str, int] = {}  # slot → our own fd, still open
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -40,9 +42,21 @@ class Keeper:
         self._kept[slot] = fd
         self._later(self._send_kept(slot))
 
+    def follow(self, pid: int, *, own: bool) -> None:
+        """This is the VM's QEMU. Of one that is not our own child the zygote tells how it ends."""
+        if own:
+            self._orphan.announce(pid)
+        else:
+            self._orphan.watch(pid)
+
+    def exit_status(self) -> int | None:
+        """How the QEMU that was followed last ended, after its end; None if the zygote does not know it, or it is our own child."""
+        return self._orphan.status()
+
     def keep_again(self) -> None:
         """A new zygote is there: give it everything."""
-        self.close()
+        self._hang_up()
+        self._orphan.again()
         for slot in tuple(self._kept):
             self._later(self._send_kept(slot))
 
@@ -62,11 +76,16 @@ class Keeper:
         except OSError as error:
             log.warning("the zygote could not be told to drop the connections: %s", error)
 
-    def fileno(self) -> int:
-        """The fd of the connection to the zygote; -1 without one."""
-        return self._connection.fileno() if self._connection is not None else -1
+    def filenos(self) -> list[int]:
+        """The fds of the connections to the zygote."""
+        own = [self._connection.fileno()] if self._connection is not None else []
+        return [*own, *(fd for fd in (self._orphan.fileno(),) if fd >= 0)]
 
     def close(self) -> None:
+        self._orphan.close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -106,5 +125,5 @@ class Keeper:
         try:
             send_packet(self._connection, packet, fds)
         except OSError:
-            self.close()
+            self._hang_up()
             raise

@@ -52,6 +52,8 @@ END_GRACE: Final = 2.0
 class Vm:
     """The VM of this worker. All methods run on the worker's loop."""
 
+    exit_text = ""  # how its QEMU ended
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -182,6 +184,7 @@ class Vm:
     def hold(self, process: QemuProcess) -> None:
         """This is the run's process: its end will be the run's."""
         self.process = process
+        self._keeper.follow(process.pid, own=process.own)
         self.loop.add_reader(process.fileno(), self.finish, "")
 
     async def bring_up(self, connection: socket.socket, deadline: float) -> None:
@@ -360,8 +363,6 @@ class Vm:
 
     # -- end --------------------------------------------------------------------------------------------------------------------
 
-    exit_text = ""
-
     def kill(self, reason: str = "") -> None:
         """SIGKILL through the pidfd. Raises `NotRunning` if no process is known that is surely this VM's.
 
@@ -384,7 +385,7 @@ class Vm:
         if self.session is not None:
             self.session.drain()
         if self.process is not None:
-            self.exit_text = describe_exit(self.process.status())
+            self.exit_text = describe_exit(self.process.status() if self.process.own else self._keeper.exit_status())
         killed, started = self.noted.has(Fact.KILLED), self.noted.has(Fact.STARTED)
         move = of_end(killed=killed, started=started, shutdown_seen=self.noted.has(Fact.SHUTDOWN_SEEN))
         reason = reason or (self._killed_for if killed else "") or move.reason

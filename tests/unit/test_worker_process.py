@@ -219,7 +219,7 @@ def test_a_process_that_is_let_go_lives_on_and_nobody_warns() -> None:
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (None, "ended; its status went to its parent, which is not this worker"),
+        (None, "ended; nobody has told its exit status"),
         (0, "exited with status 0"),
         (1, "exited with status 1"),
         (-9, "was ended by SIGKILL"),

@@ -53,6 +53,11 @@ class QemuProcess:
     def pid(self) -> int:
         return self.identity.pid
 
+    @property
+    def own(self) -> bool:
+        """Whether it is this worker's own child."""
+        return self._child is not None
+
     def fileno(self) -> int:
         return self._pidfd
 
@@ -94,7 +99,7 @@ def _same_process(identity: Identity, vouch: Callable[[Identity], bool]) -> Iden
 def describe_exit(status: int | None) -> str:
     """An exit status in words."""
     if status is None:
-        return "ended; its status went to its parent, which is not this worker"
+        return "ended; nobody has told its exit status"
     if status < 0:
         try:
             return f"was ended by {signal.Signals(-status).name}"
