@@ -57,7 +57,7 @@ class Orphan:
             return
         if self._connection is None:
             self.announce(self._pid)
-        elif not select.select([self._connection], [], [], 0)[0]:
+        elif not self._has_been_told(self._connection):
             self.watch(self._pid)
 
     def status(self, seconds: float = STATUS_SECONDS) -> int | None:
@@ -91,6 +91,13 @@ class Orphan:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    @staticmethod
+    def _has_been_told(connection: socket.socket) -> bool:
+        try:
+            return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:  # nothing, so far
+            return False
 
     def _say(self, pid: int) -> socket.socket | None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

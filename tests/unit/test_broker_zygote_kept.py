@@ -29,7 +29,7 @@ from vmloop.common.zygote_wire import (
 )
 from vmloop.worker.orphan import Orphan
 
-from ..fakes.zygote_process import SECONDS, ZygoteProcess, expect, readable
+from ..fakes.zygote_process import SECONDS, Root, ZygoteProcess, expect, readable
 
 
 @pytest.fixture
@@ -195,11 +195,18 @@ def test_a_broker_that_does_not_read_is_told_of_no_more_than_there_is_room_for(z
 # -- orphans ----------------------------------------------------------------------------------------------------------------
 
 
+def heard_all(zygote: ZygoteProcess, broker: socket.socket) -> None:
+    """What was sent on other connections before is dealt with: in one turn they are accepted, in the next one read."""
+    for _ in range(2):
+        assert zygote.lives_after(broker)
+
+
 def test_how_an_orphan_ended_is_told_to_its_vms_worker_and_remembered_for_the_next(zygote: ZygoteProcess) -> None:
     broker = zygote.connect()
     pid, pidfd = zygote.fork(broker)  # any child does
     orphan = Orphan(zygote.paths.zygote_socket, VmName("web1"))
     orphan.watch(pid)
+    heard_all(zygote, broker)
     assert orphan.status(0) is None
     send_packet(broker, Exited(99999, 7, ""))  # of a zygote that has retired, and of nobody that is watched
     assert zygote.lives_after(broker)
@@ -223,6 +230,29 @@ def test_how_an_orphan_ended_is_told_to_its_vms_worker_and_remembered_for_the_ne
     other.close()
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.close(pidfd)
+
+
+def test_another_zygote_is_told_whom_to_watch_and_what_the_one_before_has_told_stays(zygote: ZygoteProcess) -> None:
+    broker = zygote.connect()
+    told, waiting = (Orphan(zygote.paths.zygote_socket, VmName(name)) for name in ("web1", "web2"))
+    told.watch(1001)
+    waiting.watch(1002)
+    heard_all(zygote, broker)
+    send_packet(broker, Exited(1001, 3, ""))
+    assert zygote.lives_after(broker)
+    zygote.child.kill()
+    zygote.child.wait()
+    with ZygoteProcess() as second:
+        second.paths.zygote_socket.rename(zygote.paths.zygote_socket)
+        told.again()
+        waiting.again()
+        other = Root.connect(zygote)
+        heard_all(second, other)
+        send_packet(other, Exited(1002, 4, ""))
+        assert (told.status(SECONDS), waiting.status(SECONDS)) == (3, 4)
+        other.close()
+    told.close()
+    waiting.close()
 
 
 def test_without_a_zygote_nothing_is_known_and_nothing_raised(tmp_path: Path) -> None:
