@@ -97,7 +97,7 @@ def _run(
         now = time.monotonic()
         for found in catalogue:
             entry = core.roster.add(found.name, found.status)
-            entry.epoch = found.epoch
+            entry.epoch, entry.seq = found.newest
             if found.worker is not None:
                 core.crew.expect(entry, found.worker, now)
             elif found.status.get("alive"):

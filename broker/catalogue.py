@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ..common.cursor import Cursor
 from ..common.definition import definition_from_toml
 from ..common.errors import BadRequest, VmloopError
 from ..common.names import VmName, vm_name
@@ -29,6 +30,7 @@ class _Ended(msgspec.Struct):
     state: str = "shutoff"
     reason: str = "unknown"
     time: float = 0.0
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
 
 
 class _Run(msgspec.Struct):
@@ -43,7 +45,7 @@ class Found(msgspec.Struct, frozen=True):
     """One VM on disk, as a status that its worker would send."""
 
     name: VmName
-    epoch: int
+    newest: Cursor  # of its events
     status: dict[str, Any]
     worker: Identity | None  # its worker, if that lives
     autostart: bool = False  # its definition says that it runs whenever the host does
@@ -64,7 +66,8 @@ def scan(paths: Paths) -> list[Found]:
         run = _read(paths, name)
         if defined or run is not None:
             worker, autostart = _worker(paths.vm(name).page), defined and _autostart(paths.vm(name).definition)
-            found.append(Found(name, run.epoch if run else 0, _status(run, defined), worker, autostart))
+            newest = _newest(paths.vm(name).page, run or _Run())
+            found.append(Found(name, newest, _status(run, defined), worker, autostart))
     return found
 
 
@@ -88,6 +91,16 @@ def _autostart(path: Path) -> bool:
     except (OSError, VmloopError) as error:
         log.warning("%s: not started with the host: %s", path, error)
         return False
+
+
+def _newest(path: Path, run: _Run) -> Cursor:
+    """The VM's newest event: its page knows, until the next boot; then what was written down at the run's end."""
+    try:
+        with Page(path, writable=False) as page:
+            newest = page.newest()
+    except (OSError, PageDamaged):
+        newest = Cursor(0, 0)
+    return max(newest, Cursor(run.epoch, run.ended.seq if run.ended is not None else 0))
 
 
 def _worker(path: Path) -> Identity | None:

@@ -40,8 +40,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from .cursor import Cursor
+
 PAGE_BYTES: Final = 4096
 MAGIC: Final = int.from_bytes(b"VMLPAGE1", "little")
+
+DONE_BITS: Final = 24  # of the progress word: bytes; above them the number of the newest event
 
 LEDGER_SLOTS: Final = 16
 LEDGER_SLOT_WORDS: Final = 16
@@ -182,6 +186,10 @@ class Page:
     def task(self) -> str:
         """What the loop last said it does."""
         return self._text(_TASK_AT)
+
+    def newest(self) -> Cursor:
+        """The newest event that has a number for good."""
+        return Cursor(self.words[Word.EPOCH], self.words[Word.PROGRESS] >> DONE_BITS)
 
     # -- the state of the VM, for the next worker ------------------------------------------------------------------------
 

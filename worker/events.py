@@ -34,7 +34,7 @@ from ..common.cursor import Cursor
 from ..common.errors import BadRequest
 from ..common.names import VmName, vm_service
 from ..common.pack import pack, unpack
-from ..common.page import Page, Word
+from ..common.page import DONE_BITS, Page, Word
 from ..common.wire import Kind, Message, encode
 from .journal.record import Record
 from .journal.store import EventStore
@@ -49,9 +49,7 @@ MAX_EVENT_BYTES: Final = 256 * 1024
 PAGE_EVENTS: Final = 256  # read from the journal at once
 PAGE_BYTES: Final = 1024 * 1024
 
-_DONE_BITS: Final = 24
-_DONE_MASK: Final = (1 << _DONE_BITS) - 1
-_SEQ_MASK: Final = (1 << (64 - _DONE_BITS)) - 1
+_DONE_MASK: Final = (1 << DONE_BITS) - 1
 _IN_LINE: Final = 1 << 30  # of a record's mark; the lower 24 bits are the bytes that are dealt with
 
 
@@ -173,7 +171,7 @@ class EventLog:
 
     @property
     def _settled(self) -> int:
-        settled: int = self._words[Word.PROGRESS] >> _DONE_BITS & _SEQ_MASK
+        settled: int = self._words[Word.PROGRESS] >> DONE_BITS
         return settled
 
     # -- start ------------------------------------------------------------------------------------------------------------
@@ -199,7 +197,7 @@ class EventLog:
             return
         self.unsettled = list(self.since(self.cursor))
         done = self._store.last_mark & _DONE_MASK if self._store.last_mark & _IN_LINE else self.done
-        self._words[Word.PROGRESS] = last.seq << _DONE_BITS | done
+        self._words[Word.PROGRESS] = last.seq << DONE_BITS | done
 
     def tell_of_predecessor(self) -> None:
         """Publish what an earlier worker wrote down and did not tell, and say what it could not write down."""
@@ -313,12 +311,12 @@ class EventLog:
         if self._batch or self._line:
             self._commit(done, _IN_LINE | done)
         else:
-            self._words[Word.PROGRESS] = self._seq << _DONE_BITS | done
+            self._words[Word.PROGRESS] = self._seq << DONE_BITS | done
 
     def _commit(self, done: int, mark: int) -> None:
         batch, self._batch = self._batch, []
         changes, self._line = self._line, []
-        progress = self._seq << _DONE_BITS | done
+        progress = self._seq << DONE_BITS | done
         for change in changes:
             change.prepare(progress)
         written = True

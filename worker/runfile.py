@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 import tenacity
 
+from ..common.cursor import Cursor
 from ..common.durable import set_aside, write_whole
 from ..common.paths import JOURNAL, VmPaths
 from ..common.process import Identity, boot_id
@@ -36,6 +37,7 @@ class RunEnd(msgspec.Struct, frozen=True):
     state: str
     reason: str
     time: float
+    seq: int = 0  # of the newest event then; its handlers may have added some
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -56,6 +58,11 @@ class Run(msgspec.Struct, frozen=True):
     qemu_version: str = ""
     definition: dict[str, Any] | None = None  # what this run was started from
     ended: RunEnd | None = None
+
+
+def over(run: Run, state: str, reason: str, newest: Cursor, at: float | None = None) -> Run:
+    """The run with its end. `newest`: its newest event; `at`: seconds since 1970, now if None."""
+    return msgspec.structs.replace(run, ended=RunEnd(state, reason, time.time() if at is None else at, newest.seq))
 
 
 def read_run(path: Path) -> Run | None:

@@ -15,7 +15,6 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -39,7 +38,7 @@ from .qmp.session import QmpSession
 from .qmp.writer import end_connection
 from .reconnection import Reconnection
 from .run_page import Fact, RunPage
-from .runfile import Run, RunEnd, RunFile, clear_run_directory, read_run, salvage_run
+from .runfile import Run, RunFile, clear_run_directory, over, read_run, salvage_run
 from .transitions import Move, of_end, of_ended, of_event, of_status
 from .waiting import Waiters
 
@@ -167,7 +166,7 @@ class Vm:
 
     def _settled_before(self, run: Run, move: Move) -> None:
         """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
-        self.save_soon(msgspec.structs.replace(run, ended=RunEnd(move.state.value, move.reason, self.since)))
+        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
         self._keeper.drop()
         clear_run_directory(self.paths.run)
 
@@ -402,7 +401,7 @@ class Vm:
         self.state.move(move.state, move.reason)
         assert self.run is not None
         try:
-            self.save(msgspec.structs.replace(self.run, ended=RunEnd(move.state.value, move.reason, time.time())))
+            self.save(over(self.run, move.state.value, move.reason, self.events.cursor))
         except OSError as error:
             log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
         self._keeper.drop()
@@ -413,7 +412,7 @@ class Vm:
     def detach(self) -> None:
         """Let go of a running VM: it goes on without vmloop. Raises OSError if that cannot be written down; then it is held as before."""
         assert self.run is not None
-        run = msgspec.structs.replace(self.run, ended=RunEnd("unknown", "detached", time.time()))
+        run = over(self.run, "unknown", "detached", self.events.cursor)
         self.file.write(run)  # first: a VM that is let go and noted as ours would be taken up again
         self.run = run
         self._ending = True

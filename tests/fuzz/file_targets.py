@@ -114,7 +114,7 @@ def run_file(data: bytes) -> None:
         vm.run.mkdir(parents=True)
         vm.run_file.write_bytes(data)
         [found] = catalogue.scan(paths)
-        assert 0 <= found.epoch < 1 << 32
+        assert 0 <= found.newest.epoch < 1 << 32
         assert vm.run_file.read_bytes() == data
         run = read_run(vm.run_file)
         assert vm.run_file.exists() == (run is not None)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vmloop.broker.catalogue import Found, scan
+from vmloop.common.cursor import Cursor
 from vmloop.common.names import VmName, vm_name
 from vmloop.common.page import Page, Word
 from vmloop.common.paths import Paths, paths_under
@@ -56,14 +57,24 @@ def test_a_host_without_vms_has_none(paths: Paths) -> None:
 def test_a_vm_that_never_ran_is_shutoff(paths: Paths) -> None:
     put(paths)
     status = {"defined": True, "state": "shutoff", "reason": "unknown", "run": False}
-    assert only(paths) == Found(WEB1, 0, status, None)
+    assert only(paths) == Found(WEB1, Cursor(0, 0), status, None)
 
 
 def test_a_vm_whose_run_has_not_ended_is_unknown_until_somebody_has_looked(paths: Paths) -> None:
     put(paths, run=Run(epoch=7, started=12.5))
     found = only(paths)
-    assert found.epoch == 7
+    assert found.newest.epoch == 7
     assert (found.status["state"], found.status["alive"], found.status["started"]) == ("unknown", True, 12.5)
+
+
+def test_how_far_a_vms_events_go_is_known_from_its_page_and_after_a_reboot_from_its_runs_end(paths: Paths) -> None:
+    put(paths, run=Run(epoch=7, ended=RunEnd("shutoff", "shutdown", 99.5, seq=40)))
+    assert only(paths).newest == Cursor(7, 40)
+    page = paths.vm(WEB1).page
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with Page(page, writable=True) as written:
+        written.words[Word.EPOCH], written.words[Word.PROGRESS] = 7, 43 << 24 | 17
+    assert only(paths).newest == Cursor(7, 43)
 
 
 def test_a_vm_whose_run_has_ended_is_as_it_ended(paths: Paths) -> None:
@@ -143,7 +154,7 @@ def test_a_vm_whose_run_cannot_be_read_is_named_and_unknown_and_never_shutoff(
     put(paths, "web2")
     before = contents(paths.state)
     found, beside = scan(paths)
-    assert (found.status["state"], found.status["alive"], found.epoch) == ("unknown", True, 0)
+    assert (found.status["state"], found.status["alive"], found.newest.epoch) == ("unknown", True, 0)
     assert beside.status["state"] == "shutoff"
     assert str(paths.vm(WEB1).run_file) in caplog.text
     assert contents(paths.state) == before, "the worker sets it aside, nobody removes it"
@@ -162,7 +173,7 @@ def test_fields_that_a_later_version_adds_do_no_harm(paths: Paths) -> None:
     run: dict[str, Any] = {"epoch": 3, "later": {"a": [1]}, "ended": {"state": "shutoff", "reason": "x", "later": 1}}
     put(paths, run=json.dumps(run).encode())
     found = only(paths)
-    assert (found.epoch, found.status["state"]) == (3, "shutoff")
+    assert (found.newest.epoch, found.status["state"]) == (3, "shutoff")
 
 
 def test_a_definition_is_not_read_by_the_broker(paths: Paths) -> None:
