@@ -22,6 +22,7 @@ from vmloop.common.page import LEDGER_AT, LEDGER_SLOT_WORDS, MAGIC, PAGE_BYTES, 
 from vmloop.common.paths import Paths
 from vmloop.common.process import Identity
 from vmloop.common.settings import Settings
+from vmloop.worker.agent.ledger import AgentLedger, AgentOwed, Part
 from vmloop.worker.events import Event, EventLog
 from vmloop.worker.handlers import pending, quarantine
 from vmloop.worker.handlers.naming import parse_task
@@ -233,6 +234,11 @@ def _go_on_from(found: Page) -> None:
         assert frames
         with contextlib.suppress(LookupError):
             ledger.strike(mine.qmp_id)
+        agent = AgentLedger(found)
+        for owed in agent:
+            assert len(owed.key) <= 64
+        for number in range(1, 20):
+            agent.enter(AgentOwed(Part.ENDING, number))
     finally:
         ledger.release()
 

@@ -38,7 +38,13 @@ _ROWS: Final = (
     Target(
         "quarantine", file_targets.quarantine_file, file_targets.quarantine_files, ("worker/handlers/quarantine.py",)
     ),
-    Target("page", file_targets.page, file_targets.pages, ("common/page.py", "worker/qmp/ledger.py"), 4096),
+    Target(
+        "page",
+        file_targets.page,
+        file_targets.pages,
+        ("common/page.py", "worker/qmp/ledger.py", "worker/agent/ledger.py"),
+        4096,
+    ),
     Target(
         "journal",
         journal_targets.journal,
@@ -96,6 +102,8 @@ _REPLACES: Final = "makes text of bytes with an error handler that takes all of 
 
 NO_TARGET: Final = {
     "broker/__main__.py": _REPLACES,
+    "broker/autostart.py": "a worker's answer to the broker's own request: pack's `unpack` (`body`), of which a text is taken",
+    "broker/zygote_process.py": "the kernel's answer to SO_PEERCRED",
     "broker/zygote.py": "the spec in a Fork, which only a broker of the same user sends: refused as its packet is (`zygote-packet`)",
     "client/cli/agent.py": _REPLACES,
     "client/cli/base.py": "click's own conversion of a word of the command line, which takes text",

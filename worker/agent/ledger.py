@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
+from math import isfinite
 from typing import Final
 
 import msgspec
@@ -82,12 +83,17 @@ class AgentLedger:
         self._words = page.words
         self._at_of: dict[int, int] = {}  # number → first word
         self._free: list[int] = []
+        on_wire = False
         for index in range(AGENT_SLOTS):
             at = AGENT_LEDGER_AT + index * AGENT_SLOT_WORDS
             part, number = self._words[at] & 0xFF, self._words[at + 1]
-            if part in set(Part) and number and number not in self._at_of:
+            times = all(isfinite(word_to_float(word)) for word in self._words[at + 3 : at + 6])
+            second = part == Part.CURRENT and on_wire
+            on_wire = on_wire or part == Part.CURRENT
+            if part in set(Part) and number and number not in self._at_of and times and not second:
                 self._at_of[number] = at
-            else:
+            else:  # also what no worker of ours has written
+                self._words[at] = 0
                 self._free.append(at)
 
     # -- entries ----------------------------------------------------------------------------------------------------------------
