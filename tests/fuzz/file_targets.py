@@ -235,8 +235,7 @@ def _go_on_from(found: Page) -> None:
         with contextlib.suppress(LookupError):
             ledger.strike(mine.qmp_id)
         agent = AgentLedger(found)
-        for owed in agent:
-            assert len(owed.key) <= 64
+        assert all(len(entry.key) <= 64 for entry in agent)
         for number in range(1, 20):
             agent.enter(AgentOwed(Part.ENDING, number))
     finally:

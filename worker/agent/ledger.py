@@ -93,7 +93,8 @@ class AgentLedger:
             if part in set(Part) and number and number not in self._at_of and times and not second:
                 self._at_of[number] = at
             else:  # also what no worker of ours has written
-                self._words[at] = 0
+                if self._words[at]:
+                    self._words[at] = 0
                 self._free.append(at)
 
     # -- entries ----------------------------------------------------------------------------------------------------------------
