@@ -85,7 +85,6 @@ class Crew:
         if not same and vm.incarnation:
             vm.restarts += 1
         vm.worker_pid, vm.incarnation, vm.born = pid, incarnation, vm.born if same else now
-        vm.protocol = _whole(status.get("protocol")) or 1
         vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
         if not ended:
             vm.exited, vm.due = False, None

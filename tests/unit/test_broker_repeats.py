@@ -9,12 +9,17 @@ import pytest
 
 from vmloop.broker.crew import REPEAT_SECONDS
 from vmloop.broker.inflight import MAX_REPEATABLE_BYTES, WORKER_GRACE
-from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Message
+from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Kind, Message
 
 from ..fakes.broker_desk import Desk, Worker
 
 LONG = {"filling": "x" * MAX_REPEATABLE_BYTES}
 SPEAKS: dict[str, Any] = {"protocol": 2, "protocols": [1, 2]}
+
+
+def given(desk: Desk, worker: Worker) -> list[Message]:
+    """The requests that have gone out to a worker."""
+    return [message for message in desk.requests(worker) if message.kind is Kind.REQUEST]
 
 
 def dead(desk: Desk, worker: Worker) -> Worker:
@@ -27,7 +32,7 @@ def dead(desk: Desk, worker: Worker) -> Worker:
 def asked(desk: Desk, worker: Worker, *, reading: bool = False, long: bool = False) -> Message:
     """A request that the worker has."""
     desk.ask("qmp", "vm/web1", LONG if long else {"command": "stop"}, reading=reading, seconds=10.0, key=b"k")
-    [request] = desk.requests(worker)
+    [request] = given(desk, worker)
     assert not request.repeated
     return request
 
@@ -42,7 +47,7 @@ def test_the_next_worker_is_given_what_the_dead_one_had(reading: bool) -> None:
     worker = desk.core.roster.by_identity[entry.sent_to]
     after = dead(desk, Worker(worker.name, worker.worker_pid or 0, worker.incarnation, worker.identity))
     desk.hello(after, **SPEAKS)
-    [again] = desk.requests(after)
+    [again] = given(desk, after)
     assert (again.id, again.op, again.body, again.key) == (request.id, request.op, request.body, request.key)
     assert again.flags == FLAG_REPEATED | (FLAG_READING if reading else 0)
     assert again.seconds == pytest.approx(entry.deadline - WORKER_GRACE - desk.now)
@@ -57,7 +62,7 @@ def test_what_the_next_worker_has_inherited_is_left_to_it() -> None:
     request = asked(desk, worker)
     after = dead(desk, worker)
     desk.hello(after, inherited=[request.id], **SPEAKS)
-    assert desk.requests(after) == []
+    assert given(desk, after) == []
     desk.reply(after, request, {})
     assert desk.answer().code is None
 
@@ -68,7 +73,7 @@ def test_of_a_request_that_was_not_kept_the_next_worker_is_asked_what_became_of_
     request = asked(desk, worker, long=True)
     after = dead(desk, worker)
     desk.hello(after, **SPEAKS)
-    [asking] = desk.requests(after)
+    [asking] = given(desk, after)
     assert (asking.id, asking.op, asking.service, asking.body) == (request.id, "qmp", "vm/web1", b"")
     assert asking.flags == FLAG_REPEATED | FLAG_ASKING
     assert asking.asking
@@ -80,7 +85,7 @@ def test_a_worker_that_speaks_the_first_protocol_is_given_nothing_twice() -> Non
     asked(desk, worker)
     after = dead(desk, worker)
     desk.hello(after)
-    assert desk.requests(after) == []
+    assert given(desk, after) == []
     assert desk.answer().code == "outcome-unknown"
 
 
@@ -90,7 +95,7 @@ def test_a_worker_that_connects_again_is_given_what_it_does_not_have() -> None:
     first, second = asked(desk, worker), asked(desk, worker)
     again = desk.reconnected(worker)
     desk.hello(again, inherited=[second.id], **SPEAKS)
-    [repeated] = desk.requests(again)
+    [repeated] = given(desk, again)
     assert (repeated.id, repeated.repeated) == (first.id, True)
 
 
@@ -103,7 +108,7 @@ def test_what_a_leaving_worker_did_not_answer_goes_to_the_next_one_also_if_the_v
         desk.exit(worker)
         after = desk.forked("web1")
         desk.hello(after, alive=alive, state="running" if alive else "shutoff", **SPEAKS)
-        [again] = desk.requests(after)
+        [again] = given(desk, after)
         assert (again.id, again.repeated) == (request.id, True)
         assert desk.answers() == []
 
@@ -116,7 +121,7 @@ def test_a_request_that_is_nearly_over_is_given_to_the_next_worker_all_the_same(
     desk.tick(10.0 + WORKER_GRACE / 2)
     after = desk.forked("web1")
     desk.hello(after, **SPEAKS)
-    [again] = desk.requests(after)
+    [again] = given(desk, after)
     assert again.seconds == REPEAT_SECONDS
 
 
@@ -124,8 +129,8 @@ def test_a_client_cannot_mark_its_request_as_repeated() -> None:
     desk = Desk()
     worker = desk.worker("web1", **SPEAKS)
     frame = bytearray(desk.ask("qmp", "vm/web1", {"command": "stop"}))
-    desk.requests(worker)
+    given(desk, worker)
     frame[5] = 0xFF
     desk.core.on_client(b"other", [bytes(frame)], desk.now)
-    [request] = desk.requests(worker)
+    [request] = given(desk, worker)
     assert request.flags == FLAG_READING
