@@ -4,8 +4,9 @@
 A request that comes again, by its number (the broker gives it to the next worker) or by its key (the client repeats it), gets the first
 one's answer instead of being carried out twice. Written before the act:
 
-    begun      number, key, op, cursor, body     before an operation of several steps does anything
+    begun      number, key, op, cursor           before an operation of several steps does anything
     step       number, name                      before one of its commands goes to QEMU
+    stepped    number, name, error               that command is answered, before the answer is settled
     answered   number, key, kind, body           before the answer goes out
 
 A single QMP command needs no `begun`: the ledger on the status page says that it was sent, and whom its answer belongs to. The file is a
@@ -20,7 +21,7 @@ import logging
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -64,7 +65,23 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     name: str
 
 
-_Entry = Answered | Begun | Step
+class Stepped(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """QEMU's answer to such a command: `error` as it goes over the wire, None if it was carried out."""
+
+    number: int
+    name: str
+    error: dict[str, Any] | None
+
+
+class Left(msgspec.Struct):
+    """What an operation has done so far: the commands that it was about to send, and how they were answered."""
+
+    begun: Begun
+    steps: list[str]
+    answers: dict[str, dict[str, Any] | None]
+
+
+_Entry = Answered | Begun | Step | Stepped
 _decoder: Final = msgspec.msgpack.Decoder(_Entry)
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -82,7 +99,8 @@ class Answers:
         self._number_of: dict[bytes, int] = {}
         self._bytes = 0
         self._running: dict[bytes, list[int]] = {}
-        self._begun: OrderedDict[int, tuple[Begun, list[str]]] = OrderedDict()
+        self._begun: OrderedDict[int, Left] = OrderedDict()
+        self._adopted: dict[int, int] = {}  # an earlier worker's number → this one's
         self.own: set[int] = set()  # begun by this worker: nothing to take over
         if path is not None:
             self._load(path)
@@ -103,16 +121,16 @@ class Answers:
         self._running[key] = [number]
         return True
 
-    def left_by_predecessor(self, number: int, key: bytes = b"") -> tuple[Begun, tuple[str, ...]] | None:
-        """An operation that an earlier worker had begun and not answered, with the steps it had made."""
-        for begun, steps in self._begun.values():
-            if begun.number not in self.own and (begun.number == number or (key and begun.key == key)):
-                return begun, tuple(steps)
+    def left_by_predecessor(self, number: int, key: bytes = b"") -> Left | None:
+        """An operation that an earlier worker had begun and not answered."""
+        for left in self.left():
+            if left.begun.number == number or (key and left.begun.key == key):
+                return left
         return None
 
-    def is_left(self, number: int) -> bool:
-        """Whether a request is of an operation that an earlier worker had begun."""
-        return number in self._begun and number not in self.own
+    def left(self) -> list[Left]:
+        """All operations that an earlier worker had begun and not answered."""
+        return [left for number, left in self._begun.items() if number not in self.own]
 
     # -- told when it is carried out ------------------------------------------------------------------------------------------
 
@@ -120,21 +138,31 @@ class Answers:
         """Write down that an operation begins."""
         self._note_begun(Begun(number, key, op, cursor.epoch, cursor.seq))
         self.own.add(number)
-        self._write(self._begun[number][0])
+        self._write(self._begun[number].begun)
 
     def adopt(self, begun: Begun, number: int, key: bytes) -> None:
         """This worker goes on with what an earlier one had begun, under the number that the request has now."""
-        _, steps = self._begun.pop(begun.number)
+        left = self._begun.pop(begun.number)
+        self._adopted[begun.number] = number
         self.begun(number, key, begun.op, begun.cursor)
-        for name in steps:
+        for name in left.steps:
             self.step(number, name)
+        for name, error in left.answers.items():
+            self.stepped(number, name, error)
 
     def step(self, number: int, name: str) -> None:
         """Write down that an operation is about to send a command."""
-        entry = self._begun.get(number)
-        if entry is not None and name not in entry[1]:
-            entry[1].append(name)
+        left = self._begun.get(number)
+        if left is not None and name not in left.steps:
+            left.steps.append(name)
             self._write(Step(number, name))
+
+    def stepped(self, number: int, name: str, error: dict[str, Any] | None) -> None:
+        """Write down how QEMU has answered it; `error`: as it goes over the wire, None if it was carried out."""
+        left = self._begun.get(self._adopted.get(number, number))
+        if left is not None:
+            left.answers[name] = error
+            self._write(Stepped(left.begun.number, name, error))
 
     def finish(self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True) -> list[int]:
         """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too."""
@@ -177,7 +205,7 @@ class Answers:
                 del self._number_of[answer.key]
 
     def _note_begun(self, begun: Begun) -> None:
-        self._begun[begun.number] = (begun, [])
+        self._begun[begun.number] = Left(begun, [], {})
         while len(self._begun) > MAX_ANSWERS:
             forgotten, _ = self._begun.popitem(last=False)
             self.own.discard(forgotten)
@@ -211,8 +239,12 @@ class Answers:
             self._remember(entry)
         elif isinstance(entry, Begun):
             self._note_begun(entry)
-        elif entry.number in self._begun:
-            self._begun[entry.number][1].append(entry.name)
+        elif (left := self._begun.get(entry.number)) is None:
+            return
+        elif isinstance(entry, Step):
+            left.steps.append(entry.name)
+        else:
+            left.answers[entry.name] = entry.error
 
     def _write(self, entry: _Entry) -> None:
         if self._path is None:
@@ -270,9 +302,10 @@ class Answers:
 
     def _entries(self) -> list[_Entry]:
         entries: list[_Entry] = list(self._answers.values())
-        for begun, steps in self._begun.values():
-            entries.append(begun)
-            entries += [Step(begun.number, name) for name in steps]
+        for number, left in self._begun.items():
+            entries.append(left.begun)
+            entries += [Step(number, name) for name in left.steps]
+            entries += [Stepped(number, name, error) for name, error in left.answers.items()]
         return entries
 
     def _note_trouble(self, error: OSError) -> None:

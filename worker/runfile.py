@@ -58,6 +58,12 @@ class Run(msgspec.Struct, frozen=True):
     qemu_version: str = ""
     definition: dict[str, Any] | None = None  # what this run was started from
     ended: RunEnd | None = None
+    began: int = 0  # the epoch that it began with, if its page was lost since and its events go on in a later one
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch of its first event."""
+        return self.began or self.epoch
 
 
 def over(run: Run, state: str, reason: str, newest: Cursor, at: float | None = None) -> Run:

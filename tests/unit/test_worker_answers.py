@@ -137,8 +137,8 @@ def test_the_next_worker_knows_what_was_begun_and_how_far_it_came(path: Path) ->
     for number, by_key in ((1, b""), (9, b"k")):
         left = second.left_by_predecessor(number, by_key)
         assert left is not None
-        begun, steps = left
-        assert (begun.op, begun.cursor, steps) == ("stop", HERE, ("system_powerdown",))
+        assert (left.begun.op, left.begun.cursor, left.steps) == ("stop", HERE, ["system_powerdown"])
+        assert left.answers == {}
     assert second.left_by_predecessor(2) is None
     assert second.left_by_predecessor(9, b"another") is None
     second.close()
@@ -152,17 +152,19 @@ def test_what_is_adopted_is_left_to_the_one_after_under_its_new_number(path: Pat
     second = Answers(path)
     left = second.left_by_predecessor(5, b"k")
     assert left is not None
-    second.adopt(left[0], 5, b"k")
+    second.adopt(left.begun, 5, b"k")
+    second.stepped(1, "system_powerdown", None)  # the answer to what went out under the old number
     assert second.left_by_predecessor(5, b"k") is None
     second.step(5, "quit")
     second.close()
     third = Answers(path)
     left = third.left_by_predecessor(5)
     assert left is not None
-    assert left[1] == ("system_powerdown", "quit")
-    assert third.is_left(5)
+    assert left.steps == ["system_powerdown", "quit"]
+    assert left.answers == {"system_powerdown": None}
+    assert third.left() == [left]
     third.finish(5, b"k", REPLY, b"off")
-    assert not third.is_left(5)
+    assert third.left() == []
     third.close()
 
 
@@ -179,6 +181,7 @@ def test_a_file_that_has_grown_is_written_anew_with_what_is_remembered(path: Pat
         answers.finish(number, b"k", REPLY, bytes(10_000))
     answers.begun(900, b"", "stop", HERE)
     answers.step(900, "quit")
+    answers.stepped(900, "quit", {"code": "qmp-error", "message": "no"})
     for number in range(400, 600):
         answers.finish(number, b"k", REPLY, bytes(10_000))
     assert path.stat().st_size < 2 * 10_000 + SLACK_BYTES + 20_000
@@ -187,7 +190,8 @@ def test_a_file_that_has_grown_is_written_anew_with_what_is_remembered(path: Pat
     assert body_of(second, 0, b"k") == bytes(10_000)
     left = second.left_by_predecessor(900)
     assert left is not None
-    assert left[1] == ("quit",)
+    assert left.steps == ["quit"]
+    assert left.answers == {"quit": {"code": "qmp-error", "message": "no"}}
     second.close()
     assert os.listdir(path.parent) == ["answers"]
 

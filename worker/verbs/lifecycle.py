@@ -100,7 +100,7 @@ def _go(app: App, request: Request) -> Callable[[], Awaitable[Any]]:
 def _has_run_since(app: App, request: Request) -> bool:
     """Whether a new run has begun since an earlier worker took the request up."""
     run = app.vm.run
-    return request.begun is not None and run is not None and run.epoch > request.begun.epoch
+    return request.begun is not None and run is not None and run.first_epoch > request.begun.epoch
 
 
 async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
@@ -297,8 +297,8 @@ async def _quit_instead(app: App, request: Request, why: str, deadline: float) -
 
 def _is_over(app: App, request: Request) -> bool:
     """Whether the run that an earlier worker was to end has ended."""
-    run = app.vm.run
-    return request.begun is not None and (not app.vm.alive or run is None or run.epoch != request.begun.epoch)
+    run, begun = app.vm.run, request.begun
+    return begun is not None and (not app.vm.alive or run is None or not run.first_epoch <= begun.epoch <= run.epoch)
 
 
 def _state(app: App) -> dict[str, Any]:
