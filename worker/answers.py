@@ -205,6 +205,8 @@ class Answers:
                 del self._number_of[answer.key]
 
     def _note_begun(self, begun: Begun) -> None:
+        for number in [number for number, left in self._begun.items() if begun.key and left.begun.key == begun.key]:
+            del self._begun[number]  # adopted under a new number
         self._begun[begun.number] = Left(begun, [], {})
         while len(self._begun) > MAX_ANSWERS:
             forgotten, _ = self._begun.popitem(last=False)

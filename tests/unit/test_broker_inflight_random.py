@@ -83,7 +83,7 @@ class Model(RuleBasedStateMachine):
             entry = waiting[choice % len(waiting)]
             before = len(entry.frame)
             self.subject.sent(entry, b"worker")
-            keeps = entry.spawns or (entry.reading and before <= MAX_REPEATABLE_BYTES)
+            keeps = entry.spawns or before <= MAX_REPEATABLE_BYTES
             assert len(entry.frame) == (before if keeps else 0)
 
     @rule(choice=st.integers(0, 100))

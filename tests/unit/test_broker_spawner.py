@@ -258,6 +258,7 @@ def test_a_worker_whose_pidfd_did_not_arrive_costs_no_zygote(notes: Notes) -> No
     with zygote.listener:
         notes.spawner.start()
         with zygote.accept() as connection:
+            greet(notes, connection)
             send_packet(connection, Forked("web1", 4711), [connection.fileno()])
             assert readable(notes.spawner.fileno())
             with open(os.devnull) as next_free:
