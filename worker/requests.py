@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 # Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
 LAST_ANSWERS_SECONDS: Final = 2.0
+# Operations that come to nothing without the monitor: under the next worker they wait for it. The others see to it themselves.
+OF_THE_MONITOR: Final = frozenset({"pause", "resume", "reset"})
 # What a state change is noted with that an operation brings (worker/verbs/lifecycle.py).
 INTENTS: Final = {"start": "booted", "stop": "user", "pause": "user", "resume": "unpaused"}
 # Verbs keep the deadline themselves, and know what they waited for; this much later they are ended.
@@ -278,7 +280,7 @@ class Requests:
         app = self._app
         try:
             async with asyncio.timeout_at(request.deadline + VERB_GRACE):
-                if request.begun is not None and request.op != "kill":
+                if request.begun is not None and request.op in OF_THE_MONITOR:
                     await self._until_connected(request)
                 if verb.lane is Lane.TURN:
                     async with app.order.turn(request.op, request.deadline):

@@ -142,6 +142,10 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
     vm = app.vm
     until = min(app.loop.time() + arguments.timeout, request.deadline)
     try:
+        if request.begun is not None:  # its worker is a new one, whose monitor may have to be sought
+            await vm.wait_until(lambda: vm.connected or not vm.alive, until)
+            if _is_over(app, request):
+                return _state(app)
         async with app.order.turn("stop", until):
             vm.intent = "user"
             if vm.state.state is not VmState.SHUTDOWN:
