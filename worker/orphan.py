@@ -25,7 +25,7 @@ from ..common.zygote_wire import Exited, Watch, receive_packet, send_packet
 log = logging.getLogger(__name__)
 
 # The zygote reaps and tells within a millisecond; a VM's end is not held up longer for it.
-STATUS_SECONDS: Final = 0.1
+STATUS_SECONDS: Final = 0.05
 
 
 class Orphan:

@@ -162,10 +162,12 @@ class Vm:
         clear_run_directory(self.paths.run)
 
     def tell_end_of_run(self) -> None:
-        """An earlier worker has written down that the run is over, and has not come to tell it."""
+        """An earlier worker has written down that the run is over, and may not have come to tell it, nor to clear away."""
         noted = self.noted.state
         if self.run is not None and self.noted.epoch == self.run.epoch and noted.state is not self.state.state:
             self._on_state(noted.state, self.state.state, self.state.reason)
+        if self.state.state is VmState.SHUTOFF:  # a detached QEMU still has its sockets there
+            clear_run_directory(self.paths.run)
 
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
