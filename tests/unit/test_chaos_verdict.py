@@ -306,12 +306,26 @@ def test_nobody_is_too_busy_and_nothing_is_denied_whatever_died(outcome: str, ru
 def test_a_vm_runs_already_only_if_somebody_has_started_it() -> None:
     already = command(op="start", mark="", outcome="already-running", began=195.0, ended=195.1)
     recording = changed(lambda recording: recording.commands.append(already))
-    assert rules(recording) == {"error without a cause"}
+    assert rules(recording) == {"said not done, done"}
     recording.commands[-1] = msgspec.structs.replace(already, began=150.0, ended=150.1)  # it runs
     assert judge(recording) == []
     recording.commands[-1] = already
     recording.commands.append(command(op="start", mark="", outcome="launch-failed", began=194.9, ended=195.2))
     fault(recording, 195.1, "kill", "worker", VM)
+    assert judge(recording) == []
+
+
+@pytest.mark.parametrize("op", ["stop", "kill"])
+def test_who_has_ended_a_vm_is_not_told_that_it_did_not_run(op: str) -> None:
+    ending = command(op=op, mark="", outcome="not-running", began=189.0, ended=192.0)
+    recording = changed(lambda recording: recording.commands.append(ending))
+    assert rules(recording) == {"said not done, done"}
+    kill_qemu(recording)  # a fault did it
+    assert judge(recording) == []
+    recording = changed(lambda recording: recording.commands.append(ending))
+    kill_command(recording)  # another client did it
+    assert judge(recording) == []
+    recording.commands[2:] = [msgspec.structs.replace(ending, began=190.2)]  # it was over before
     assert judge(recording) == []
 
 

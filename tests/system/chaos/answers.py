@@ -37,7 +37,7 @@ def wrong_answers(recording: Recording, excuses: Excuses) -> Iterator[Violation]
         yield from _wrong_outcome(command, excuses, lives[command.vm])
         yield from _wrong_deed(command, lives[command.vm])
     yield from _lost_with_no_worker(recording, excuses)
-    yield from _started_already(recording, lives)
+    yield from _refused_for_what_it_did(recording, lives, excuses)
     yield from _wrong_marks(recording, lives)
 
 
@@ -120,25 +120,31 @@ def _lost_with_no_worker(recording: Recording, excuses: Excuses) -> Iterator[Vio
                 )
 
 
-def _started_already(recording: Recording, lives: dict[str, list[Life]]) -> Iterator[Violation]:
-    """`already-running` of a VM that had no process, and that nobody else was starting."""
-    starts = [command for command in recording.commands if command.op == "start"]
-    for command in starts:
-        if command.outcome != "already-running":
-            continue
-        ran = any(
-            life.born <= command.began + EDGE and (life.gone is None or life.gone >= command.began - EDGE)
-            for life in lives[command.vm]
-        )
-        others = any(
-            other is not command
-            and other.vm == command.vm
-            and other.began <= command.ended
-            and other.ended >= command.began
-            for other in starts
-        )
-        if not ran and not others:
-            yield Violation("error without a cause", command.vm, f"{_describe(command)}, but nothing ran before it")
+def _refused_for_what_it_did(
+    recording: Recording, lives: dict[str, list[Life]], excuses: Excuses
+) -> Iterator[Violation]:
+    """A `start` is told that the VM runs already, a `stop` or `kill` that it does not, and nobody else has brought that about."""
+    power = [command for command in recording.commands if command.op in ("start", "stop", "kill")]
+    for command in power:
+        others = [other.op for other in power if other is not command and _overlaps(other, command)]
+        if command.outcome == "already-running":
+            ran = any(
+                life.born <= command.began + EDGE and (life.gone is None or life.gone >= command.began - EDGE)
+                for life in lives[command.vm]
+            )
+            if not ran and "start" not in others:
+                text = f"{_describe(command)}, but nothing ran before it"
+                yield Violation("said not done, done", command.vm, text)
+        elif command.outcome == "not-running" and command.op in ("stop", "kill"):
+            for life in lives[command.vm]:
+                under_it = life.gone is not None and command.began + EDGE < life.gone < command.ended + EDGE
+                if under_it and not excuses.fault_killed(life) and not {"stop", "kill"} & {*others}:
+                    text = f"{_describe(command)}, but process {life.pid} ended at {life.gone:.3f}"
+                    yield Violation("said not done, done", command.vm, text)
+
+
+def _overlaps(one: Command, other: Command) -> bool:
+    return one.vm == other.vm and one.began <= other.ended and one.ended >= other.began
 
 
 def _lived_through(lives: list[Life], command: Command) -> bool:

@@ -60,9 +60,7 @@ class Excuses:
         """The process did not end in order: a fault hit it, or vmloop was told to end it, or gave up a start."""
         if life.gone is None:
             return False
-        if self._killed(QEMU, life.vm, life.gone - KILL_SEEN, life.gone):
-            return True
-        return any(
+        return self.fault_killed(life) or any(
             command.vm == life.vm
             and command.began - EDGE <= life.gone <= command.ended + EDGE
             and (
@@ -72,6 +70,10 @@ class Excuses:
             )
             for command in self._commands
         )
+
+    def fault_killed(self, life: Life) -> bool:
+        """The process ended by a fault."""
+        return life.gone is not None and bool(self._killed(QEMU, life.vm, life.gone - KILL_SEEN, life.gone))
 
     def qemu_stopped(self, vm: str, began: float, ended: float) -> bool:
         """The VM's QEMU stood still in that time."""
