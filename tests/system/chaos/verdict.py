@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was recorded → what is wrong. Pure: no clock, no file, no process; tests/unit/test_chaos_verdict.py breaks each rule.
+"""What was recorded → what is wrong. Pure: no clock, no file, no process; tests/unit/test_chaos_*.py break each rule.
 
 The rules stand in answers.py, streams.py and liveness.py; those about leftovers are here.
 """
