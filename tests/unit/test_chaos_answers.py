@@ -170,6 +170,12 @@ def test_an_error_needs_a_fault_that_brought_it_about(
     assert rules(recording) == found
 
 
+def test_a_qemu_that_was_killed_once_does_not_make_its_successors_look_frozen() -> None:
+    recording = changed(lambda recording: set_command(recording, (), outcome="monitor-frozen"))
+    fault(recording, 105.0, "kill", "qemu", VM)
+    assert rules(recording) == {"said frozen, was not"}
+
+
 @pytest.mark.parametrize("outcome", ["agent-absent", "agent-unresponsive", "launch-failed"])
 def test_an_error_of_the_agents_or_of_a_launch_is_no_answer_to_a_mark(outcome: str) -> None:
     recording = changed(lambda recording: set_command(recording, (), outcome=outcome))

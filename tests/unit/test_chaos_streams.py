@@ -200,7 +200,7 @@ def test_events_may_be_lost_where_zygote_and_worker_died_together_if_it_is_said_
     recording = lossy()
     recording.faults = good().faults
     recording.zygotes = good().zygotes
-    assert rules(recording) == {"events lost"}
+    assert rules(recording) == {"events lost", "emitted, never told"}
     recording = lossy()
     read(recording, STARTED, told(2), told(3, "OTHER", "vmloop"), told(4), state(5, "shutoff"))
     assert rules(recording) == {"emitted, never told"}
@@ -217,6 +217,15 @@ def test_events_lost_is_excused_only_for_a_while_after_the_deaths(told_at: float
 def test_an_emission_before_or_after_the_span_that_is_said_to_be_lost_is_missed(missing: float) -> None:
     recording = lossy()
     recording.accounts[0].emissions[1] = at(missing)
+    assert rules(recording) == {"emitted, never told"}
+
+
+def test_an_emission_from_before_the_deaths_is_missed_however_long_qemu_had_said_nothing() -> None:
+    recording = lossy()
+    started, first, _, *rest = recording.readings[0].events
+    read(recording, started, first, gap(101.0, 110.9), *rest)
+    assert judge(recording) == []
+    recording.accounts[0].emissions[1] = at(105.0)
     assert rules(recording) == {"emitted, never told"}
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from ..fakes.chaos_recording import (
     VM,
+    changed,
     fault,
     good,
+    kill_command,
     rules,
 )
-from ..system.chaos.recording import Claim, Life
+from ..system.chaos.recording import THE_END, Claim, Life
 from ..system.chaos.report import figures, lines
 from ..system.chaos.truth import left_files
 from ..system.chaos.verdict import judge
@@ -120,3 +122,14 @@ def test_the_figures_count_what_was_recorded() -> None:
     }
     recording.accounts[0].marks.append("m1")
     assert any("done twice: own-000" in line for line in lines(recording, judge(recording)))
+
+
+def test_a_run_in_which_nobody_read_the_marks_of_a_real_qemu_that_lived_to_the_end_proves_nothing() -> None:
+    recording = changed(kill_command)
+    recording.commands[-1] = msgspec.structs.replace(recording.commands[-1], client=THE_END)
+    recording.accounts[0] = msgspec.structs.replace(recording.accounts[0], whole=False)
+    assert judge(recording) == []
+    recording.accounts[0] = msgspec.structs.replace(recording.accounts[0], asked=False)
+    assert rules(recording) == {"worthless"}
+    recording.commands.pop()  # it had ended before
+    assert judge(recording) == []

@@ -12,6 +12,7 @@ import msgspec
 
 RESULT: Final = "result"  # the outcome of a command that was answered with one; others are error codes
 NO_ANSWER: Final = "no-answer"  # nobody said anything, long after the deadline
+THE_END: Final = "the end"  # the client that kills what still runs when everything has settled
 STOP_SECONDS: Final = 3.0  # that a guest has for every `stop` of a run; then it is killed
 
 

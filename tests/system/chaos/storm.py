@@ -28,7 +28,7 @@ from .followers import Followers, look
 from .plan import Strike, plan
 from .power import carry_out, power
 from .raw import raw
-from .recording import RESULT, Recording
+from .recording import RESULT, THE_END, Recording
 from .truth import Census, accounts_of, left_files, zygotes_of
 from .witness import Witness
 
@@ -186,7 +186,7 @@ class _Run:
         self._look_for_leftovers(files)
 
     def _kill(self, actor: Actor) -> None:
-        command = carry_out("the end", self._host.vm(actor.name), "kill", Vm.kill)
+        command = carry_out(THE_END, self._host.vm(actor.name), "kill", Vm.kill)
         self._recording.commands.append(command)
         if command.outcome not in (RESULT, NotRunning.code):  # a client or a fault was first
             self._recording.broken.append(f"kill of {actor.name} at the end: {command.outcome}: {command.text}")

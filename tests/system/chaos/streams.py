@@ -201,10 +201,13 @@ class _Comparison:
             yield Violation("emitted, never told", self._vm, f"{len(wrong)} events: {first}")
 
     def _excused(self, emission: Emission, *, at_its_end: bool) -> bool:
-        """Nobody held the connection when it was emitted: an EVENTS_LOST says so, or QEMU ended before anybody was connected again."""
+        """Nobody held the connection when it was emitted, and an EVENTS_LOST says so, or QEMU ended before anybody was connected again.
+
+        `since` of an EVENTS_LOST is when QEMU last said something, which may be long before the deaths: that alone excuses nothing.
+        """
         at = self._excuses.on_our_clock(emission.time)
         marked = any(since - CLOCKS <= at <= until + CLOCKS for since, until in self._gaps)
-        return marked or (at_its_end and self._excuses.may_be_lost_at(self._vm, at))
+        return (marked or at_its_end) and self._excuses.may_be_lost_at(self._vm, at)
 
     def _gap(self, told: Told) -> tuple[float, float] | None:
         """The span that an EVENTS_LOST speaks of; None of one that says nothing of the kind."""

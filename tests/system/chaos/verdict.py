@@ -13,7 +13,7 @@ from .answers import wrong_answers
 from .excuses import Excuses
 from .liveness import wrong_claims
 from .plan import KILL, ZYGOTE
-from .recording import Recording
+from .recording import RESULT, THE_END, Recording
 from .streams import wrong_streams
 from .violation import Violation
 
@@ -58,3 +58,15 @@ def _worthless(recording: Recording) -> Iterator[Violation]:
     ):
         if not count:
             yield Violation("worthless", "", f"not one {what} was recorded")
+    yield from _unread_marks(recording)
+
+
+def _unread_marks(recording: Recording) -> Iterator[Violation]:
+    """A real QEMU that lived until the end of the run, and that was not asked for its marks: none of them is counted."""
+    real = {account.vm for account in recording.accounts if not account.whole}
+    asked = {(account.vm, account.pid) for account in recording.accounts if account.asked}
+    killed = {command.vm for command in recording.commands if command.client == THE_END and command.outcome == RESULT}
+    for vm in sorted(real & killed):
+        newest = max((life for life in recording.lives if life.vm == vm), key=lambda life: life.born, default=None)
+        if newest is not None and (vm, newest.pid) not in asked:
+            yield Violation("worthless", vm, f"nobody read the marks of process {newest.pid}")
