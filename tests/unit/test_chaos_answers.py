@@ -227,12 +227,22 @@ def test_nobody_is_too_busy_and_nothing_is_denied_whatever_died(outcome: str, ru
 def test_a_vm_runs_already_only_if_somebody_has_started_it() -> None:
     already = command(op="start", mark="", outcome="already-running", began=195.0, ended=195.1)
     recording = changed(lambda recording: recording.commands.append(already))
-    assert rules(recording) == {"said not done, done"}
+    assert rules(recording) == {"error without a cause"}
     recording.commands[-1] = msgspec.structs.replace(already, began=150.0, ended=150.1)  # it runs
     assert judge(recording) == []
-    recording.commands[-1] = already
-    recording.commands.append(command(op="start", mark="", outcome="launch-failed", began=194.9, ended=195.2))
-    fault(recording, 195.1, "kill", "worker", VM)
+
+
+@pytest.mark.parametrize("other", ["result", "outcome-unknown", "launch-failed"])
+def test_who_has_started_a_vm_is_not_told_that_it_ran_already(other: str) -> None:
+    already = command(op="start", mark="", outcome="already-running", began=99.0, ended=102.0)  # it is born at 101
+    recording = changed(lambda recording: recording.commands.append(already))
+    assert rules(recording) == {"said not done, done"}
+    recording.commands.append(msgspec.structs.replace(already, client="power1", began=100.0))
+    assert rules(recording) == {"said not done, done"}  # one of the two
+    recording.commands[-1] = msgspec.structs.replace(recording.commands[-1], outcome=other)
+    fault(recording, 100.5, "kill", "zygote")
+    fault(recording, 100.5, "kill", "worker", VM)
+    recording.zygotes = [Life("", 5, 0, 98.0, 100.6), Life("", 6, 0, 101.0)]
     assert judge(recording) == []
 
 

@@ -124,27 +124,34 @@ def _refused_for_what_it_did(
     recording: Recording, lives: dict[str, list[Life]], excuses: Excuses
 ) -> Iterator[Violation]:
     """A `start` is told that the VM runs already, a `stop` or `kill` that it does not, and nobody else has brought that about."""
-    power = [command for command in recording.commands if command.op in ("start", "stop", "kill")]
-    for command in power:
-        others = [other.op for other in power if other is not command and _overlaps(other, command)]
-        if command.outcome == "already-running":
-            ran = any(
-                life.born <= command.began + EDGE and (life.gone is None or life.gone >= command.began - EDGE)
-                for life in lives[command.vm]
-            )
-            if not ran and "start" not in others:
-                text = f"{_describe(command)}, but nothing ran before it"
-                yield Violation("said not done, done", command.vm, text)
-        elif command.outcome == "not-running" and command.op in ("stop", "kill"):
-            for life in lives[command.vm]:
-                under_it = life.gone is not None and command.began + EDGE < life.gone < command.ended + EDGE
-                if under_it and not excuses.fault_killed(life) and not {"stop", "kill"} & {*others}:
-                    text = f"{_describe(command)}, but process {life.pid} ended at {life.gone:.3f}"
-                    yield Violation("said not done, done", command.vm, text)
+    starts = [command for command in recording.commands if command.op == "start"]
+    ends = [command for command in recording.commands if command.op in ("stop", "kill")]
+    for vm, of_vm in lives.items():
+        for life in of_vm:
+            yield from _nobodys(vm, [one for one in starts if one.vm == vm and _about(one, life.born)], life)
+            if life.gone is not None and not excuses.fault_killed(life):
+                yield from _nobodys(vm, [one for one in ends if one.vm == vm and _about(one, life.gone)], life)
+    for command in starts:
+        if command.outcome == "already-running" and not any(_alive_in(life, command) for life in lives[command.vm]):
+            yield Violation("error without a cause", command.vm, f"{_describe(command)}, but nothing ran")
 
 
-def _overlaps(one: Command, other: Command) -> bool:
-    return one.vm == other.vm and one.began <= other.ended and one.ended >= other.began
+def _nobodys(vm: str, commands: list[Command], life: Life) -> Iterator[Violation]:
+    """Of those that may have begun or ended a process one must have been told that it did, or that nobody knows."""
+    if commands and all(command.outcome in ("already-running", "not-running") for command in commands):
+        what = " and ".join(map(_describe, commands))
+        yield Violation(
+            "said not done, done", vm, f"{what}, but process {life.pid} lived from {life.born:.3f} to {life.gone}"
+        )
+
+
+def _about(command: Command, at: float) -> bool:
+    """The command may have brought about what was seen then."""
+    return command.began <= at <= command.ended + EDGE
+
+
+def _alive_in(life: Life, command: Command) -> bool:
+    return life.born <= command.ended + EDGE and (life.gone is None or life.gone >= command.began - EDGE)
 
 
 def _lived_through(lives: list[Life], command: Command) -> bool:
