@@ -36,6 +36,17 @@ from ..system.chaos.verdict import judge
         ((), {"outcome": "worker-lost"}, "error without a cause"),
         ((), {"outcome": "busy"}, "error without a cause"),
         ((), {"outcome": "agent-error", "op": "agent x-mark"}, "nonsense answer"),
+        (
+            (),
+            {
+                "outcome": "agent-absent",
+                "op": "agent x-mark",
+                "began": 189.0,
+                "ended": 190.5,
+                "text": "VM own-000 has no port for a guest agent; set agent.enabled and start it again",
+            },
+            "nonsense answer",
+        ),
         ((), {"outcome": "outcome-unknown"}, "no definite outcome"),
         (("m1",), {"outcome": "deadline"}, "no definite outcome"),
         ((), {"outcome": "no-answer", "keyed": False}, "no definite outcome"),

@@ -21,6 +21,8 @@ UNSURE: Final = frozenset({"deadline", "outcome-unknown", NO_ANSWER})
 NONSENSE: Final = frozenset(
     {"bad-request", "no-such-vm", "vm-exists", "config-error", "internal", "too-large", "denied", "agent-error"}
 )
+# Whoever is asked for its agent in this test has been defined with one.
+NO_PORT: Final = "has no port for a guest agent"
 # A broker that ends in order says so to who still asks; the bounds of requests are far above what this test sends.
 GOING_DOWN: Final = "the broker is going down"
 # What a real QEMU answers to a mark that it has been given before.
@@ -60,9 +62,10 @@ def _wrong_outcome(command: Command, excuses: Excuses, lives: list[Life]) -> Ite
 
 
 def _refused(command: Command) -> bool:
-    """QEMU refuses no mark and no question; and that it has not been negotiated with is nothing that a client should ever hear."""
+    """QEMU refuses no mark and no question; that it was not negotiated with, or has no agent, is nothing that a client should ever hear."""
     plain = command.op.startswith("qmp ") and ALREADY_THERE not in command.text
-    return command.outcome == "qmp-error" and (plain or "capabilities negotiation" in command.text)
+    refused = command.outcome == "qmp-error" and (plain or "capabilities negotiation" in command.text)
+    return refused or NO_PORT in command.text
 
 
 def _may_be_unsure(command: Command, excuses: Excuses) -> bool:
