@@ -239,6 +239,14 @@ def test_of_a_process_that_ended_before_anybody_was_connected_again_only_what_ca
     assert rules(recording) == (set() if fine else {"emitted, never told"})
 
 
+def test_of_a_process_that_ended_after_somebody_was_connected_again_nothing_is_lost() -> None:
+    recording = lossy()
+    recording.accounts[0].emissions[1:] = [at(110.8), emission(told(4)), at(113.0)]
+    assert rules(recording) == {"emitted, never told"}
+    recording.accounts[0].emissions.pop()
+    assert judge(recording) == []
+
+
 def test_a_worker_that_stood_still_when_it_was_killed_had_read_nothing_since() -> None:
     recording = lossy()
     read(recording, STARTED, told(2), LOST, told(4), state(5, "shutoff"))

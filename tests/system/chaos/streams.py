@@ -207,7 +207,11 @@ class _Comparison:
         """
         at = self._excuses.on_our_clock(emission.time)
         marked = any(since - CLOCKS <= at <= until + CLOCKS for since, until in self._gaps)
-        return (marked or at_its_end) and self._excuses.may_be_lost_at(self._vm, at)
+        return any(
+            marked or (at_its_end and not any(start <= until < at - CLOCKS for _, until in self._gaps))
+            for start, end in self._excuses.losses(self._vm)
+            if start <= at <= end
+        )
 
     def _gap(self, told: Told) -> tuple[float, float] | None:
         """The span that an EVENTS_LOST speaks of; None of one that says nothing of the kind."""
