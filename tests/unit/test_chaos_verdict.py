@@ -13,10 +13,12 @@ from ..fakes.chaos_recording import (
     changed,
     fault,
     good,
+    good_events,
     kill_command,
+    read,
     rules,
 )
-from ..system.chaos.recording import THE_END, Claim, Life
+from ..system.chaos.recording import THE_END, Claim, Injected, Life
 from ..system.chaos.report import figures, lines
 from ..system.chaos.truth import left_files
 from ..system.chaos.verdict import judge
@@ -44,6 +46,42 @@ def test_a_claim_of_list_is_held_against_the_kernel(claim: Claim, wrong: str | N
     recording = good()
     recording.claims.append(claim)
     assert rules(recording) == ({wrong} if wrong else set())
+
+
+@pytest.mark.parametrize(
+    ("at", "what", "vm", "until", "asked"),
+    [
+        (120.0, "kill", VM, None, True),
+        (120.0, "stop", VM, 122.0, True),  # and then a kill came, which it did not take up
+        (120.0, "kill", "own-001", None, False),
+        (185.0, "kill", VM, None, False),  # after it
+    ],
+)
+def test_a_worker_that_was_lost_without_a_fault_is_found(
+    at: float, what: str, vm: str, until: float | None, asked: bool
+) -> None:
+    recording = good()
+    recording.faults[0] = Injected(at, what, "worker", vm, until)
+    assert rules(recording) == (set() if asked else {"died unasked"})
+
+
+def test_a_fault_explains_the_loss_of_one_worker_and_not_of_its_successor() -> None:
+    recording = good()
+    started, first, lost, second, off = good_events()
+    again = msgspec.structs.replace(started, seq=4, time=181_000_000)
+    once_more = msgspec.structs.replace(lost, seq=5, time=185_000_000)
+    events = [
+        started,
+        first,
+        lost,
+        again,
+        once_more,
+        *(msgspec.structs.replace(told, seq=told.seq + 2) for told in (second, off)),
+    ]
+    read(recording, *events)
+    assert rules(recording) == {"died unasked"}
+    fault(recording, 184.0, "kill", "worker", VM)
+    assert judge(recording) == []
 
 
 @pytest.mark.parametrize("state", ["unknown", "starting"])

@@ -96,6 +96,15 @@ class Excuses:
     def worker_died(self, vm: str, began: float, ended: float) -> bool:
         return any(self._killed(WORKER, vm, began - EDGE, ended))
 
+    def worker_touched(self, vm: str, began: float, ended: float) -> bool:
+        """The VM's worker was killed in that time, or stood still: one that does not take up a kill is replaced."""
+        return any(
+            (fault.whom, fault.vm) == (WORKER, vm)
+            and fault.at <= ended
+            and max(fault.at, fault.until or 0.0) >= began - EDGE
+            for fault in self._faults
+        )
+
     def worker_deaths(self, vm: str, began: float, ended: float) -> list[float]:
         """When the VM's worker was killed with the command under way, or a moment before."""
         return self._killed(WORKER, vm, began - EDGE, ended)

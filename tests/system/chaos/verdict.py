@@ -14,11 +14,12 @@ from .excuses import Excuses
 from .liveness import wrong_claims
 from .plan import KILL, ZYGOTE
 from .recording import RESULT, THE_END, Recording
-from .streams import wrong_streams
+from .streams import STARTED, stream_of, wrong_streams
 from .violation import Violation
 
 # All of /proc is read to see that a zygote has ended, a few times a second.
 SEEN_WITHIN: Final = 3.0  # seconds
+WORKER_LOST: Final = "WORKER_LOST"
 
 
 def judge(recording: Recording) -> list[Violation]:
@@ -30,6 +31,7 @@ def judge(recording: Recording) -> list[Violation]:
         *wrong_streams(recording, excuses),
         *wrong_claims(recording),
         *_unasked_ends(recording),
+        *_unasked_ends_of_workers(recording, excuses),
         *(Violation("left over", "", text) for text in recording.leftovers),
         *(Violation("broken", "", text) for text in recording.broken),
     ]
@@ -44,6 +46,19 @@ def _unasked_ends(recording: Recording) -> Iterator[Violation]:
             told = ", ".join(f"{fault.what} {fault.whom} {fault.vm}".strip() for fault in near) or "nothing"
             text = f"zygote {life.pid} ended at {life.gone:.3f}; in the {SEEN_WITHIN:g} s before: {told}"
             yield Violation("died unasked", "", text)
+
+
+def _unasked_ends_of_workers(recording: Recording, excuses: Excuses) -> Iterator[Violation]:
+    """A worker that was lost although no fault was meant for it since it, or one before it, began."""
+    for vm in recording.vms:
+        stream, _ = stream_of([reading for reading in recording.readings if reading.vm == vm])
+        since = recording.began
+        for told in stream.values():
+            at = excuses.on_our_clock(told.time)
+            if told.event == WORKER_LOST and not excuses.worker_touched(vm, since, at):
+                yield Violation("died unasked", vm, f"a worker between {since:.3f} and {at:.3f}: {told.data}")
+            if told.event == STARTED:
+                since = at
 
 
 def _worthless(recording: Recording) -> Iterator[Violation]:
