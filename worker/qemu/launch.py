@@ -58,9 +58,9 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
     return argv
 
 
-def mark_of(paths: VmPaths, epoch: int) -> str:
-    """What a QEMU has in its environment, so that it can be recognised: of one run of one VM of one root."""
-    return f"{paths.state}:{epoch}"
+def mark_of(paths: VmPaths, epoch: int | None) -> str:
+    """What a QEMU has in its environment, so that it can be recognised: of one run of one VM of one root. None: of whichever run it is."""
+    return f"{paths.state}:{'' if epoch is None else epoch}"
 
 
 def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool, log_bytes: int) -> Launched:
