@@ -5,7 +5,8 @@ A request that comes again, by its number (the broker gives it to the next worke
 one's answer instead of being carried out twice. Written before the act:
 
     begun      number, key, op, cursor, body     before an operation of several steps does anything
-    step       number, name                      before one of its commands goes to QEMU
+    adopted    number, begun                     before another worker goes on with it for a request of another number
+    step       number, name                      before one of its commands goes to QEMU; the number that it was begun under
     answered   number, key, kind, body           before the answer goes out
 
 A single QMP command needs no `begun`: the ledger on the status page says that it was sent, and whom its answer belongs to. The file is a
@@ -57,6 +58,13 @@ class Begun(msgspec.Struct, frozen=True, tag=True, array_like=True):
         return Cursor(self.epoch, self.seq)
 
 
+class Adopted(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The operation that was begun under one number is that of another request, too: its key came again."""
+
+    number: int
+    begun: int
+
+
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A command of such an operation that went, or was about to go, to QEMU."""
 
@@ -64,7 +72,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     name: str
 
 
-_Entry = Answered | Begun | Step
+_Entry = Answered | Begun | Adopted | Step
 _decoder: Final = msgspec.msgpack.Decoder(_Entry)
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -83,7 +91,10 @@ class Answers:
         self._bytes = 0
         self._running: dict[bytes, list[int]] = {}
         self._begun: OrderedDict[int, tuple[Begun, list[str]]] = OrderedDict()
-        self.own: set[int] = set()  # begun by this worker: nothing to take over
+        self._adopted: dict[
+            int, int
+        ] = {}  # request → the number that its operation was begun under, if that is another
+        self.own: set[int] = set()  # operations that this worker carries out: nothing to take over
         if path is not None:
             self._load(path)
 
@@ -105,14 +116,16 @@ class Answers:
 
     def left_by_predecessor(self, number: int, key: bytes = b"") -> tuple[Begun, tuple[str, ...]] | None:
         """An operation that an earlier worker had begun and not answered, with the steps it had made."""
+        number = self._adopted.get(number, number)
         for begun, steps in self._begun.values():
             if begun.number not in self.own and (begun.number == number or (key and begun.key == key)):
                 return begun, tuple(steps)
         return None
 
-    def is_left(self, number: int) -> bool:
-        """Whether a request is of an operation that an earlier worker had begun."""
-        return number in self._begun and number not in self.own
+    def operation_left(self, number: int) -> int | None:
+        """The number that the operation of a request was begun under by an earlier worker; None if it was not, or was answered."""
+        number = self._adopted.get(number, number)
+        return number if number in self._begun and number not in self.own else None
 
     # -- told when it is carried out ------------------------------------------------------------------------------------------
 
@@ -122,31 +135,38 @@ class Answers:
         self.own.add(number)
         self._write(self._begun[number][0])
 
-    def adopt(self, begun: Begun, number: int, key: bytes) -> None:
-        """This worker goes on with what an earlier one had begun, under the number that the request has now."""
-        _, steps = self._begun.pop(begun.number)
-        self.begun(number, key, begun.op, begun.cursor)
-        for name in steps:
-            self.step(number, name)
+    def adopt(self, begun: Begun, number: int) -> None:
+        """This worker goes on with what an earlier one had begun. `number`: that the request has now."""
+        self.own.add(begun.number)
+        if number not in (begun.number, *self._adopted):
+            self._adopted[number] = begun.number
+            self._write(Adopted(number, begun.number))
 
     def step(self, number: int, name: str) -> None:
         """Write down that an operation is about to send a command."""
+        number = self._adopted.get(number, number)
         entry = self._begun.get(number)
         if entry is not None and name not in entry[1]:
             entry[1].append(name)
             self._write(Step(number, name))
 
-    def finish(self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True) -> list[int]:
-        """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too."""
-        self._begun.pop(number, None)
-        self.own.discard(number)
-        numbers = self._running.pop(key, []) if key else []
+    def finish(
+        self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True, again: bool = False
+    ) -> list[int]:
+        """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too.
+
+        `again`: nothing was done. It is the answer of these requests, and the next one with their key is carried out.
+        """
+        lasting = self._end(number) or lasting
+        # One that was refused before it began ends nothing: another request with its key may be running.
+        numbers = self._running.pop(key) if number in self._running.get(key, ()) else [number]
+        key = b"" if again else key
         if lasting or key:
             answer = Answered(number, key, kind, body)
             self._remember(answer)
             if lasting:
                 self._write(answer)
-        return numbers or [number]
+        return numbers
 
     def fileno(self) -> int:
         """The file's fd; -1 while there is none."""
@@ -179,8 +199,17 @@ class Answers:
     def _note_begun(self, begun: Begun) -> None:
         self._begun[begun.number] = (begun, [])
         while len(self._begun) > MAX_ANSWERS:
-            forgotten, _ = self._begun.popitem(last=False)
-            self.own.discard(forgotten)
+            self._end(next(iter(self._begun)))
+
+    def _end(self, number: int) -> bool:
+        """The operation of a request is over, or forgotten. False if none was begun for it."""
+        begun = self._adopted.get(number, number)
+        if self._begun.pop(begun, None) is None:
+            return False
+        self.own.discard(begun)
+        for request in [request for request, adopted in self._adopted.items() if adopted == begun]:
+            del self._adopted[request]
+        return True
 
     # -- the file -------------------------------------------------------------------------------------------------------------
 
@@ -207,10 +236,13 @@ class Answers:
 
     def _take(self, entry: _Entry) -> None:
         if isinstance(entry, Answered):
-            self._begun.pop(entry.number, None)
+            self._end(entry.number)
             self._remember(entry)
         elif isinstance(entry, Begun):
             self._note_begun(entry)
+        elif isinstance(entry, Adopted):
+            if entry.begun in self._begun:
+                self._adopted[entry.number] = entry.begun
         elif entry.number in self._begun:
             self._begun[entry.number][1].append(entry.name)
 
@@ -273,6 +305,7 @@ class Answers:
         for begun, steps in self._begun.values():
             entries.append(begun)
             entries += [Step(begun.number, name) for name in steps]
+        entries += [Adopted(number, begun) for number, begun in self._adopted.items()]
         return entries
 
     def _note_trouble(self, error: OSError) -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from ..common.errors import (
     BadRequest,
+    Busy,
     DeadlineExceeded,
     Internal,
     NotRunning,
@@ -113,7 +114,7 @@ class Requests:
             return  # answered together with the one that runs
         if left is not None:
             begun, steps = left
-            self._answers.adopt(begun, request.number, request.key)
+            self._answers.adopt(begun, request.number)
             request = msgspec.structs.replace(request, lasting=lasting, begun=begun, steps=steps)
         else:
             request = msgspec.structs.replace(request, lasting=lasting)
@@ -148,9 +149,10 @@ class Requests:
         if known is not None:  # it died between the answer and the end of its line
             self._app.reply(number, Kind(known.kind), known.body, self._loop.time())
             return None
-        if self._answers.is_left(number):  # a step of an operation, which the broker will ask for again
-            self._replies[number], done = awaited(self._loop)
-            self._replies[number].add_done_callback(_look_at)
+        operation = self._answers.operation_left(number)
+        if operation is not None:  # a step of it; the broker will ask for it again
+            self._replies[operation], done = awaited(self._loop)
+            self._replies[operation].add_done_callback(_look_at)
             return done
         self._running.add(number)
         now = self._loop.time()
@@ -291,7 +293,9 @@ class Requests:
             )
             kind, body = Kind.ERROR, pack(TooLarge(text, limit=MAX_MESSAGE_BYTES).to_wire())
         self._app.send_status_if_due()  # who reads the answer and then asks for the list must see what the answer says
-        for number in self._answers.finish(request.number, request.key, kind, body, lasting=request.lasting):
+        again = isinstance(error, (WorkerLost, Busy))
+        answers = self._answers
+        for number in answers.finish(request.number, request.key, kind, body, lasting=request.lasting, again=again):
             self._running.discard(number)
             self._app.reply(number, kind, body, request.received)
 
