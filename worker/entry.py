@@ -31,6 +31,7 @@ from ..common.process import identify
 from ..common.settings import Settings
 from ..common.zygote_wire import WorkerSpec
 from .app import App
+from .epochs import leave_epoch
 from .handlers.forks import forked, guard_forks
 from .loop import WorkerLoop
 from .memory import limit_memory
@@ -113,10 +114,17 @@ def _serve(
         loop.close()
         context.term()  # bounded by the sockets' linger
     if app.forget:
-        logging.shutdown()
-        for directory in (paths.vm(name).state, paths.vm(name).run):
-            remove_directory(directory)
+        _forget(app)
     return WorkerExit.DONE
+
+
+def _forget(app: App) -> None:
+    """Remove the VM's directories; its last epoch stays, if need be on the page."""
+    kept = leave_epoch(app.paths, app.vm.run, app.events.newest_epoch)
+    logging.shutdown()
+    remove_directory(app.paths.state)
+    if kept or leave_epoch(app.paths, app.vm.run, app.events.newest_epoch):  # on a full disk there is room now
+        remove_directory(app.paths.run)
 
 
 def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
