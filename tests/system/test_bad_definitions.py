@@ -220,7 +220,7 @@ def test_a_damaged_definition_is_named_and_can_be_replaced(site: Site, host: Hos
 @pytest.mark.parametrize(
     "damage", [b"VMLPAGE", b"\0" * 4096, b"\xff" * 4096, b"x" * 9999], ids=["short", "zeros", "ones", "long"]
 )
-def test_a_damaged_page_is_replaced_and_the_vm_found_again(site: Site, host: Host, damage: bytes) -> None:
+def test_a_damaged_page_is_set_aside_and_the_vm_found_again(site: Site, host: Host, damage: bytes) -> None:
     site.define(host, "x")
     pid = host.vm("x").start().pid
     site.kill_broker()
@@ -232,6 +232,8 @@ def test_a_damaged_page_is_replaced_and_the_vm_found_again(site: Site, host: Hos
     fresh = site.host()
     fresh.vm("x").wait("running", timeout=15)
     assert (fresh.vm("x").show().pid, fresh.vm("x").qmp("query-status")["status"]) == (pid, "running")
+    assert [path.read_bytes() for path in shown.run.glob("page.damaged-*")] == [damage]
+    assert "page.damaged-" in shown.worker_log.read_text()
     with pytest.raises(AlreadyRunning):
         fresh.vm("x").start()
 
