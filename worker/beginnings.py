@@ -182,7 +182,7 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
             raise DeadlineExceeded(
                 f"VM {vm.name}: {error}; its QEMU (pid {process.pid}) does not end either"
             ) from error
-    tail = log_tail(vm.paths)
+    tail = log_tail(vm.paths, vm.run.epoch if vm.run is not None else 0)
     why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
     last = tail.splitlines()[-1] if tail else "nothing was printed"
     raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error

@@ -18,6 +18,7 @@ import msgspec
 from ..common.cursor import Cursor
 from ..common.errors import (
     BadRequest,
+    Busy,
     DeadlineExceeded,
     Internal,
     NotRunning,
@@ -118,7 +119,7 @@ class Requests:
         if request.key and not self._answers.begin(request.key, request.number):
             return  # answered together with the one that runs
         if left is not None:
-            self._answers.adopt(left.begun, request.number, request.key)
+            self._answers.adopt(left.begun, request.number)
             request = msgspec.structs.replace(request, lasting=lasting, left=left)
         else:
             request = msgspec.structs.replace(request, lasting=lasting)
@@ -162,8 +163,8 @@ class Requests:
             return None
         left = self._answers.left_by_predecessor(number)
         if left is not None:  # the last step of an operation, which the broker will ask for again
-            self._replies[number], answered = awaited(self._loop)
-            self._replies[number].add_done_callback(_look_at)
+            self._replies[left.begun.number], answered = awaited(self._loop)
+            self._replies[left.begun.number].add_done_callback(_look_at)
             if left.steps and left.steps[-1] not in left.answers:  # else it was entered, and not sent any more
                 return self._noting(number, left.steps[-1], answered)
             return answered
@@ -331,7 +332,9 @@ class Requests:
             )
             kind, body = Kind.ERROR, pack(TooLarge(text, limit=MAX_MESSAGE_BYTES).to_wire())
         self._app.send_status_if_due()  # who reads the answer and then asks for the list must see what the answer says
-        for number in self._answers.finish(request.number, request.key, kind, body, lasting=request.lasting):
+        again = isinstance(error, (WorkerLost, Busy))
+        answers = self._answers
+        for number in answers.finish(request.number, request.key, kind, body, lasting=request.lasting, again=again):
             self._running.discard(number)
             self._app.reply(number, kind, body, request.received)
 

@@ -27,6 +27,7 @@ from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
+from .epochs import next_epoch
 from .events import Effect, EventLog
 from .keeper import Keeper
 from .qemu.process import QemuProcess, describe_exit
@@ -139,8 +140,7 @@ class Vm:
 
     def begin_run(self, reason: str) -> int:
         """Count a new run and go to `starting`; its epoch."""
-        # run.json, the page or the journal may have been lost: a number is never given to two runs.
-        epoch = max(self.run.epoch if self.run is not None else 0, self.events.newest_epoch) + 1
+        epoch = next_epoch(self.paths, self.run, self.events.newest_epoch)
         self.events.begin_epoch(epoch)
         self.noted.begin()
         self._ending = False
@@ -151,7 +151,7 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        epoch = max(run.epoch, self.events.newest_epoch) + 1  # one that run.json did not take
+        epoch = next_epoch(self.paths, run, self.events.newest_epoch)
         self.save_soon(msgspec.structs.replace(run, epoch=epoch, began=run.first_epoch))
         self.events.begin_epoch(epoch)
 

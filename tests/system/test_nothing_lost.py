@@ -270,6 +270,41 @@ def test_a_subscriber_sees_every_event_once_across_the_deaths_of_broker_and_work
     assert seen == stream_of(vm)[: len(seen)]
 
 
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer"])
+def test_a_follower_sees_all_of_a_vm_that_was_undefined_and_defined_anew(site: Site, host: Host, longer: bool) -> None:
+    """Whether its first run has fewer events than the last one of the VM before, or more."""
+    vm = started(site, host)
+    vm.qmp("x-simulate", {"emit": {"event": "X_OLD"}, "count": 2 if longer else 40})
+    old = vm.cursor()
+    with host.events("web1", since=START) as stream:
+        stream.wait_for("X_OLD", SECONDS)
+        vm.kill()
+        host.undefine("web1")
+        vm = started(site, host)
+        vm.qmp("x-simulate", {"emit": {"event": "X_NEW"}, "count": 40 if longer else 2})
+        seen: list[Event] = []
+        while not seen or seen[-1].cursor < vm.cursor():
+            event = stream.get(SECONDS)
+            assert event is not None
+            seen.append(event)
+    new = [event for event in seen if event.epoch > old.epoch]
+    assert new == stream_of(vm)
+    assert new[0].seq == 1
+    assert [event.event for event in new].count("X_NEW") == (40 if longer else 2)
+    assert "EVENTS_LOST" not in [event.event for event in seen]
+
+
+def test_an_attached_vm_that_was_let_go_and_attached_again_counts_on(site: Site, host: Host) -> None:
+    """It has no definition: vmloop forgets it in between."""
+    started(site, host, "-qmp", f"unix:{site.root}/second.qmp")
+    assert host.attach("other", f"{site.root}/second.qmp").epoch == 1
+    host.vm("other").detach()
+    assert wait_for(lambda: not site.paths.vm(vm_name("other")).run.exists())
+    assert not site.paths.vm(vm_name("other")).state.exists()
+    assert host.attach("other", f"{site.root}/second.qmp").epoch == 2
+    host.vm("other").detach()
+
+
 def test_the_events_that_came_while_nobody_was_there_are_in_the_stream(site: Site, host: Host) -> None:
     vm = started(site, host)
     vm.qmp("x-simulate", {"flooding": 2000})

@@ -65,7 +65,7 @@ class Worker:
     async def stop(self) -> None:
         """The broker has given it the request, and it comes to the step."""
         if self.left is not None:
-            self.answers.adopt(self.left.begun, NUMBER, b"")
+            self.answers.adopt(self.left.begun, NUMBER)
         await self.requests.command(self.request, "stop", deadline=asyncio.get_running_loop().time() + 5)
 
     async def die_in_stop(self) -> None:
@@ -178,7 +178,7 @@ def test_what_an_operation_brings_has_its_reason_before_the_next_worker_has_it(t
         assert second.intent_left() == "user"
         left = answers.left_by_predecessor(NUMBER)
         assert left is not None
-        answers.adopt(left.begun, NUMBER, b"")
+        answers.adopt(left.begun, NUMBER)
         assert second.intent_left() == ""
         answers.close()
 

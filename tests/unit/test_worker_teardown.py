@@ -21,7 +21,6 @@ libvirt's list of what its event threads must guard against (its own guards in b
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +253,7 @@ def test_whoever_is_told_of_an_answer_may_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_end_cannot_be_written_down_ends_all_the_same_and_the_next_worker_knows(tmp_path: Path) -> None:
-    hindrance = tmp_path / "state" / f".run.json.{os.getpid()}.new"
+    hindrance = tmp_path / "state" / ".run.json.new"
 
     async def first(bench: VmBench) -> None:
         await bench.up()
@@ -283,7 +282,7 @@ def test_a_run_whose_end_cannot_be_written_down_ends_all_the_same_and_the_next_w
 
 
 def test_a_vm_that_cannot_be_noted_as_let_go_is_held_as_before(tmp_path: Path) -> None:
-    hindrance = tmp_path / "state" / f".run.json.{os.getpid()}.new"
+    hindrance = tmp_path / "state" / ".run.json.new"
 
     async def live(bench: VmBench) -> None:
         await bench.up()

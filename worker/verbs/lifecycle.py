@@ -88,7 +88,8 @@ async def _carry_on_start(app: App, request: Request, arguments: StartArguments)
     if vm.alive:
         await beginnings.carry_on(vm, app.handling, paused=arguments.paused, go=_go(app, request))
     elif not vm.came_up:
-        raise LaunchFailed(f"VM {app.name} did not start: {vm.exit_text or vm.state.reason}", log=log_tail(app.paths))
+        tail = log_tail(app.paths, vm.run.epoch if vm.run is not None else 0)
+        raise LaunchFailed(f"VM {app.name} did not start: {vm.exit_text or vm.state.reason}", log=tail)
     return _run_facts(app)
 
 
