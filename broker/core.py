@@ -36,6 +36,7 @@ from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack_map
 from ..common.settings import Settings
 from ..common.wire import (
     FLAG_READING,
+    FLAG_REPEATED,
     HEADER,
     HEADER_BYTES,
     MAGIC,
@@ -106,6 +107,7 @@ class Core:
             return self._drop("a native frame shorter than its header")
         _, kind, flags, service_len, op_len, client_id, seconds, _, key_len, _ = HEADER.unpack_from(frame)
         entry = Entry(0, identity, client_id, None, None, "", bool(flags & FLAG_READING), now)
+        entry.again = bool(flags & FLAG_REPEATED and key_len)
         try:
             if len(frame) > MAX_MESSAGE_BYTES:
                 text = f"a message is at most {MAX_MESSAGE_BYTES} bytes, this one has {len(frame)}"
@@ -142,6 +144,7 @@ class Core:
             self.actions.append(ToClient(identity, build_mmi_reply(request.envelope, status)))
             return None
         entry = Entry(0, identity, request.client_id, request.envelope, None, request.op, request.reading, now)
+        entry.again = bool(request.key)  # which Majordomo does not tell
         try:
             size = sum(map(len, parts))
             if size > MAX_MESSAGE_BYTES:
@@ -193,7 +196,7 @@ class Core:
             self.on_lookup(entry, vm, frame, seconds, now)
         elif vm.worker.state is WorkerState.READY:
             self._forward(entry, vm, frame, seconds, now)
-        elif vm.alive or entry.op in ("events", "detach"):
+        elif vm.alive or entry.again or entry.op in ("events", "detach"):
             self.wait_for_worker(entry, vm, frame, seconds, now)
         else:
             reason = vm.status.get("reason", "unknown")

@@ -32,7 +32,18 @@ from ..common.errors import (
     error_from_wire,
 )
 from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack
-from ..common.wire import FLAG_READING, HEADER, HEADER_BYTES, MAGIC, BadFrame, Kind, Message, decode, encode
+from ..common.wire import (
+    FLAG_READING,
+    FLAG_REPEATED,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    BadFrame,
+    Kind,
+    Message,
+    decode,
+    encode,
+)
 from .requests import Request
 
 log = logging.getLogger(__name__)
@@ -142,7 +153,8 @@ def new_call(request: Request[Any], timeout: float, streaming: bool = False) -> 
         op=request.op,
         body=body,
         key=key,
-        flags=FLAG_READING if request.reading else 0,
+        # Who brings his own key may have asked before, with another client.
+        flags=(FLAG_READING if request.reading else 0) | (FLAG_REPEATED if request.key else 0),
         seconds=seconds,
     )
     return Call(message, time.monotonic(), streaming)
@@ -178,7 +190,8 @@ class Calls:
         if call.was_sent:
             seconds = max(call.due - GRACE - time.monotonic(), 0.001)
         number = next(self._numbers)
-        frame = encode(msgspec.structs.replace(call.message, id=number, seconds=seconds))
+        flags = call.message.flags | (FLAG_REPEATED if call.was_sent and call.message.key else 0)
+        frame = encode(msgspec.structs.replace(call.message, id=number, seconds=seconds, flags=flags))
         self._unsent.pop(call, None)
         self._sent[number] = call
         call.number = number

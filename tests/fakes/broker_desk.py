@@ -24,7 +24,7 @@ from vmloop.broker.roster import VmEntry
 from vmloop.common.names import VmName
 from vmloop.common.pack import pack, unpack
 from vmloop.common.settings import BrokerSettings, RestartSettings, Settings
-from vmloop.common.wire import FLAG_READING, Kind, Message, decode, encode
+from vmloop.common.wire import FLAG_READING, FLAG_REPEATED, Kind, Message, decode, encode
 
 A = TypeVar("A")
 
@@ -125,8 +125,9 @@ class Desk:
         seconds: float = 10.0,
         key: bytes = b"",
         reading: bool = False,
+        again: bool = False,
     ) -> bytes:
-        """Send a native request; the frame that was sent."""
+        """Send a native request; the frame that was sent. `again`: as one that was sent before."""
         frame = encode(
             Message(
                 kind=Kind.REQUEST,
@@ -135,7 +136,7 @@ class Desk:
                 id=id,
                 body=pack(args or {}),
                 key=key,
-                flags=FLAG_READING if reading else 0,
+                flags=(FLAG_READING if reading else 0) | (FLAG_REPEATED if again else 0),
                 seconds=seconds,
             )
         )

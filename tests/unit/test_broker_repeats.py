@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vmloop.broker.actions import Fork
 from vmloop.broker.crew import REPEAT_SECONDS
 from vmloop.broker.inflight import MAX_REPEATABLE_BYTES, WORKER_GRACE
 from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Kind, Message
@@ -134,3 +135,30 @@ def test_a_client_cannot_mark_its_request_as_repeated() -> None:
     desk.core.on_client(b"other", [bytes(frame)], desk.now)
     [request] = given(desk, worker)
     assert request.flags == FLAG_READING
+
+
+# -- a client that sends a request again ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [b"once", b""])
+def test_a_start_that_is_sent_again_is_asked_of_the_worker_that_may_have_done_it(key: bytes) -> None:
+    desk = Desk()
+    worker = desk.worker("web1")
+    desk.ask("start", "vmloop", {"name": "web1"}, key=key, again=True)
+    if key:
+        [request] = given(desk, worker)
+        assert (request.op, request.key) == ("start", key)
+        assert not request.repeated  # it has another number, and no worker was given it
+    else:
+        assert desk.answer().code == "already-running"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_kill_that_is_sent_again_after_its_vms_end_is_asked_of_a_new_worker(again: bool) -> None:
+    desk = Desk()
+    desk.known("web1", state="shutoff", reason="destroyed")
+    desk.ask("kill", "vm/web1", key=b"once", again=again)
+    if again:
+        assert [fork.name for fork in desk.take(Fork)] == ["web1"]
+    else:
+        assert desk.answer().code == "not-running"

@@ -24,7 +24,7 @@ from vmloop.common.errors import (
     VmloopError,
 )
 from vmloop.common.pack import MAX_MESSAGE_BYTES, pack, unpack
-from vmloop.common.wire import HEADER_BYTES, Kind, Message, decode, encode
+from vmloop.common.wire import FLAG_REPEATED, HEADER_BYTES, Kind, Message, decode, encode
 
 
 def request(
@@ -193,6 +193,18 @@ def test_the_second_sending_carries_the_time_that_is_left() -> None:
     call.due -= 20.0
     calls.lost()
     assert 0 < decode(calls.frame_of(call)).seconds <= 10.0
+
+
+def test_what_is_sent_again_with_its_key_says_so() -> None:
+    calls = Calls("ipc:///x")
+    for first, asked in ((0, request(key=None)), (FLAG_REPEATED, request(key=b"mine"))):
+        call = new_call(asked, 30.0)
+        assert decode(calls.frame_of(call)).flags == first  # who brings a key may have asked before
+        calls.lost()
+        assert decode(calls.frame_of(call)).flags == FLAG_REPEATED
+    reading = sent(calls, request(reading=True))
+    calls.lost()
+    assert not decode(calls.frame_of(reading)).repeated
 
 
 def test_what_is_late_says_why() -> None:
