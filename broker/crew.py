@@ -91,6 +91,9 @@ class Crew:
             self._watches.discard(name)
         inherited = status.pop("inherited", [])
         self._roster.present(vm, identity)
+        # The zygote may have come after it, and with an earlier broker: then nobody has asked for its connections yet.
+        if not ended:
+            self._act(ToWorker(identity, _control("keep"), 0))
         vm.worker.move(WorkerState.READY, f"pid {pid}")
         vm.take_status(status)
         for entry in self._inflight.of_vm(name) if not ended else ():

@@ -294,11 +294,12 @@ def test_another_zygote_is_told_whom_to_watch_and_what_the_one_before_has_told_s
     waiting.close()
 
 
-def test_without_a_zygote_nothing_is_known_and_nothing_raised(tmp_path: Path) -> None:
+def test_without_a_zygote_nothing_is_known_and_only_a_new_one_is_called_again(tmp_path: Path) -> None:
     orphan = Orphan(tmp_path / "none.sock", VmName("web1"))
     orphan.announce(os.getpid())
     orphan.watch(os.getpid())
-    orphan.again()
+    with pytest.raises(FileNotFoundError):
+        orphan.again()  # which the keeper tries again
     assert orphan.status() is None
     assert orphan.fileno() == -1
     orphan.close()
