@@ -91,6 +91,9 @@ class Crew:
             self._watches.discard(name)
         inherited = status.pop("inherited", [])
         self._roster.present(vm, identity)
+        # The zygote may have come after it, and with an earlier broker: then nobody has asked for its connections yet.
+        if not ended:
+            self._act(ToWorker(identity, _control("keep"), 0))
         vm.worker.move(WorkerState.READY, f"pid {pid}")
         vm.take_status(status)
         for entry in self._inflight.of_vm(name) if not ended else ():
@@ -142,6 +145,7 @@ class Crew:
 
     def _repeat(self, entry: Entry, vm: VmEntry, now: float) -> None:
         """Give a worker a request that another one, or itself on a connection that was cut, had been given: it knows what became of it."""
+        entry.given = True
         seconds = max(entry.deadline - WORKER_GRACE - now, REPEAT_SECONDS)
         if entry.frame:
             self.send(entry, vm, repeated(entry.frame, seconds))
@@ -167,10 +171,7 @@ class Crew:
         """Hand a request to a VM's ready worker."""
         vm.requests += 1
         self._act(ToWorker(vm.identity, frame, entry.number))
-        if entry.frame:
-            self._inflight.sent(entry, vm.identity)
-        else:
-            entry.sent_to = vm.identity
+        self._inflight.sent(entry, vm.identity)
 
     # -- they come and go ---------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ def _serve(
     # Ctrl-C in a terminal is not for workers, and SIGTERM means the host is going down: QEMU's own end is awaited, not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    monitor, agent = (socket.socket(fileno=kept.pop(slot)) if slot in kept else None for slot in ("monitor", "agent"))
+    monitor, agent = (_connection(slot, kept.pop(slot)) if slot in kept else None for slot in ("monitor", "agent"))
     for fd in kept.values():
         os.close(fd)
     app = App(loop, context, name, paths, settings, page, predecessor, stack)
@@ -126,6 +126,21 @@ def _forget(app: App) -> None:
     remove_directory(app.paths.state)
     if kept or leave_epoch(app.paths, app.vm.run, app.events.newest_epoch):  # on a full disk there is room now
         remove_directory(app.paths.run)
+
+
+def _connection(slot: str, fd: int) -> socket.socket | None:
+    """A connection that the zygote kept. None if the fd is none of ours, which is closed: the VM is served over a new one."""
+    try:
+        connection = socket.socket(fileno=fd)
+    except OSError as error:
+        log.error("what was kept as the %s is no connection: %s", slot, error)
+        os.close(fd)
+        return None
+    if (connection.family, connection.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
+        return connection
+    log.error("what was kept as the %s is another kind of socket: %s", slot, connection)
+    connection.close()
+    return None
 
 
 def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:

@@ -92,6 +92,9 @@ class Desk:
         settings = Settings(broker=broker or BrokerSettings(), restart=restart or RestartSettings())
         self.now = START
         self.looker = FakeLooker()
+        self.asked_to_keep: list[
+            bytes
+        ] = []  # workers that were asked at their HELLO to hand the zygote their connections
         self.core = HostCore(settings, FIRST_NUMBER, self.looker, 4242)
         self._pids = itertools.count(101)
         self._identities = itertools.count(1)
@@ -198,6 +201,9 @@ class Desk:
         self, worker: Worker, *, inherited: list[int] | None = None, epoch: int = 1, seq: int = 0, **status: Any
     ) -> None:
         self.say(Kind.HELLO, worker, {"inherited": inherited or [], **status}, epoch, seq)
+        keep = ToWorker(worker.identity, encode(Message(kind=Kind.CONTROL, op="keep")), 0)
+        self.asked_to_keep += [action.identity for action in self.core.actions if action == keep]
+        self.core.actions = [action for action in self.core.actions if action != keep]
 
     def status(self, worker: Worker, *, epoch: int = 1, seq: int = 0, **status: Any) -> None:
         self.say(Kind.STATUS, worker, status, epoch, seq)

@@ -9,7 +9,7 @@ import pytest
 
 from vmloop.broker.actions import Fork
 from vmloop.broker.crew import REPEAT_SECONDS
-from vmloop.broker.inflight import MAX_REPEATABLE_BYTES, WORKER_GRACE
+from vmloop.broker.inflight import MAX_KEPT_OF_VM_BYTES, MAX_REPEATABLE_BYTES, WORKER_GRACE
 from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Kind, Message
 
 from ..fakes.broker_desk import Desk, Worker
@@ -126,6 +126,96 @@ def test_a_request_that_is_nearly_over_is_given_to_the_next_worker_all_the_same(
     assert again.seconds == REPEAT_SECONDS
 
 
+def undeliverable(desk: Desk, worker: Worker) -> Message:
+    """What was given to a worker did not reach it: it was killed in the instant of its HELLO. The request that was to go."""
+    [request] = given(desk, worker)
+    desk.core.on_undeliverable(request.id, full=False)
+    return request
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_request_that_did_not_reach_the_second_worker_is_given_to_the_third_as_one_that_the_first_had(
+    long: bool,
+) -> None:
+    desk = Desk()
+    first = desk.worker("web1", **SPEAKS)
+    request = asked(desk, first, long=long)
+    second = dead(desk, first)
+    desk.hello(second, **SPEAKS)
+    assert undeliverable(desk, second).repeated
+    assert desk.answers() == [], "the first may have done it"
+    desk.exit(second)
+    desk.tick(0.05)
+    desk.tick(1.0)
+    third = desk.forked("web1")
+    desk.hello(third, **SPEAKS)
+    [again] = given(desk, third)
+    assert (again.id, again.repeated, again.asking) == (request.id, True, long)
+
+
+def test_what_the_third_worker_has_inherited_from_the_first_is_left_to_it() -> None:
+    desk = Desk()
+    first = desk.worker("web1", **SPEAKS)
+    request = asked(desk, first)
+    second = dead(desk, first)
+    desk.hello(second, **SPEAKS)
+    undeliverable(desk, second)
+    desk.exit(second)
+    desk.tick(0.05)
+    desk.tick(1.0)
+    third = desk.forked("web1")
+    desk.hello(third, inherited=[request.id], **SPEAKS)
+    assert given(desk, third) == []
+    desk.reply(third, request, {})
+    assert desk.answer().code is None
+
+
+@pytest.mark.parametrize(("reading", "code"), [(False, "outcome-unknown"), (True, "busy")])
+def test_a_next_worker_that_does_not_keep_up_makes_what_the_dead_one_had_unknown(reading: bool, code: str) -> None:
+    desk = Desk()
+    first = desk.worker("web1", **SPEAKS)
+    asked(desk, first, reading=reading)
+    second = dead(desk, first)
+    desk.hello(second, **SPEAKS)
+    [again] = given(desk, second)
+    desk.core.on_undeliverable(again.id, full=True)
+    assert desk.answer().code == code
+
+
+@pytest.mark.parametrize(("reading", "code"), [(False, "outcome-unknown"), (True, "deadline")])
+def test_what_a_dead_worker_had_is_unknown_when_no_other_comes_up_in_time(reading: bool, code: str) -> None:
+    desk = Desk()
+    first = desk.worker("web1", **SPEAKS)
+    asked(desk, first, reading=reading)
+    dead(desk, first)
+    desk.tick(10.5)
+    answer = desk.answer()
+    assert answer.code == code
+    assert "no worker for it came up in time" in answer.value["message"]
+
+
+def test_a_frozen_vm_takes_no_room_from_the_requests_of_others() -> None:
+    desk = Desk()
+    frozen = desk.worker("web1", **SPEAKS)
+    desk.known("web2")
+    for number in range(1024):
+        desk.ask("qmp", "vm/web1", {"filling": "x" * (MAX_REPEATABLE_BYTES - 500)}, id=number, client=b"other")
+    desk.ask("kill", "vm/web1", id=1024)
+    for number in range(300):
+        desk.ask("start", args={"name": "web2", "filling": "x" * 200_000}, id=number)
+    assert desk.answers() == []
+    assert [action.name for action in desk.take(Fork)] == ["web2"]
+    assert len(given(desk, frozen)) == 1025
+    after = dead(desk, frozen)
+    desk.hello(after, **SPEAKS)
+    again = given(desk, after)
+    assert len(again) == 1025
+    whole = [message for message in again if not message.asking]
+    assert sum(len(message.body) for message in whole) < MAX_KEPT_OF_VM_BYTES
+    assert len(whole) > 60
+    assert whole[-1].op == "kill", "which is the way out"
+
+
 def test_a_client_cannot_mark_its_request_as_repeated() -> None:
     desk = Desk()
     worker = desk.worker("web1", **SPEAKS)
@@ -162,3 +252,13 @@ def test_a_kill_that_is_sent_again_after_its_vms_end_is_asked_of_a_new_worker(ag
         assert [fork.name for fork in desk.take(Fork)] == ["web1"]
     else:
         assert desk.answer().code == "not-running"
+
+
+def test_with_a_worker_of_a_later_version_what_both_speak_holds() -> None:
+    desk = Desk()
+    worker = desk.worker("web1", protocol=3, protocols=[1, 3])
+    assert (desk.vm("web1").protocol, desk.vm("web1").repeats) == (1, False)
+    asked(desk, worker)
+    again = desk.reconnected(worker)
+    desk.hello(again, protocol=3, protocols=[1, 3])
+    assert given(desk, again) == []

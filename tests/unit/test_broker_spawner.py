@@ -115,6 +115,17 @@ def test_a_worker_is_told_all_it_needs(notes: Notes, fake: socket.socket) -> Non
     assert spec == WorkerSpec("web1", str(paths.run), str(paths.state), str(paths.etc), Settings())
 
 
+def test_all_workers_of_a_host_can_call_a_zygote_that_has_not_come_up_yet(notes: Notes) -> None:
+    notes.spawner.start()
+    [zygote] = notes.zygotes()
+    os.kill(zygote, signal.SIGSTOP)
+    callers = [notes.root.connect() for _ in range(300)]
+    os.kill(zygote, signal.SIGCONT)
+    for caller in callers:
+        caller.close()
+    notes.fork()
+
+
 # -- workers ----------------------------------------------------------------------------------------------------------------
 
 
