@@ -45,7 +45,7 @@ from ..common.wire import (
     forwarded,
     with_id,
 )
-from .actions import Action, Publish, ToClient, ToWorker
+from .actions import Action, Publish, ToClient
 from .crew import Crew, is_pid
 from .inflight import WORKER_GRACE, Entry, InFlight
 from .replies import majordomo_reply, own_reply
@@ -263,10 +263,9 @@ class Core:
     def on_client_gone(self, identity: bytes) -> None:
         """A client is not there any more: the workers that have its requests hear of it, and some requests end with their caller."""
         for entry in self.inflight:
-            if entry.client == identity and entry.sent_to is not None and not entry.cancelled:
+            if entry.client == identity and not entry.cancelled:
                 entry.cancelled = True
-                cancel = encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number))
-                self.actions.append(ToWorker(entry.sent_to, cancel, 0))
+                self.crew.tell_cancelled(entry)
 
     # -- from workers -------------------------------------------------------------------------------------------------------
 

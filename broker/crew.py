@@ -134,6 +134,7 @@ class Crew:
             self.send(entry, vm, entry.frame)
         elif entry.number in inherited or (same and not vm.repeats):
             entry.sent_to = vm.identity
+            self.tell_cancelled(entry)
         elif vm.repeats:
             self._repeat(entry, vm, now)
         elif entry.reading and entry.frame:
@@ -172,6 +173,12 @@ class Crew:
         vm.requests += 1
         self._act(ToWorker(vm.identity, frame, entry.number))
         self._inflight.sent(entry, vm.identity)
+        self.tell_cancelled(entry)
+
+    def tell_cancelled(self, entry: Entry) -> None:
+        """The worker that has a request hears if nobody waits for it any more: some end with their caller."""
+        if entry.cancelled and entry.sent_to is not None:
+            self._act(ToWorker(entry.sent_to, encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number)), 0))
 
     # -- they come and go ---------------------------------------------------------------------------------------------------
 

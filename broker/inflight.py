@@ -48,7 +48,7 @@ class Entry(msgspec.Struct):
     spawns: bool = False  # an operation that may need a worker to be made for it
     waits_for: str | None = None  # state that `wait` waits for
     again: bool = False  # its client sends it again, with its key: whatever the VM is at, its worker knows what became of the first
-    cancelled: bool = False  # its worker has heard that its client is gone
+    cancelled: bool = False  # its client is gone, and every worker that has it hears of that
 
 
 class InFlight:

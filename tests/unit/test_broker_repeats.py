@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from vmloop.broker.actions import Fork
+from vmloop.broker.actions import Fork, ToWorker
 from vmloop.broker.crew import REPEAT_SECONDS
 from vmloop.broker.inflight import MAX_KEPT_OF_VM_BYTES, MAX_REPEATABLE_BYTES, WORKER_GRACE
 from vmloop.common.wire import FLAG_ASKING, FLAG_READING, FLAG_REPEATED, Kind, Message
 
-from ..fakes.broker_desk import Desk, Worker
+from ..fakes.broker_desk import CLIENT, Desk, Worker
 
 LONG = {"filling": "x" * MAX_REPEATABLE_BYTES}
 SPEAKS: dict[str, Any] = {"protocol": 2, "protocols": [1, 2]}
@@ -262,3 +262,23 @@ def test_with_a_worker_of_a_later_version_what_both_speak_holds() -> None:
     again = desk.reconnected(worker)
     desk.hello(again, protocol=3, protocols=[1, 3])
     assert given(desk, again) == []
+
+
+@pytest.mark.parametrize("when", ["before the death", "between", "it waits"])
+def test_that_its_client_is_gone_the_next_worker_hears_too(when: str) -> None:
+    desk = Desk()
+    worker = desk.worker("web1", **SPEAKS)
+    if when == "it waits":
+        worker = dead(desk, worker)
+        desk.ask("qmp", "vm/web1", {"command": "stop"})
+    else:
+        asked(desk, worker)
+    if when == "before the death":
+        desk.core.on_client_gone(CLIENT)
+    successor = worker if when == "it waits" else dead(desk, worker)
+    if when != "before the death":
+        desk.core.on_client_gone(CLIENT)
+    desk.take(ToWorker)  # the dead one's
+    desk.hello(successor, **SPEAKS)
+    heard = [message.op for message in desk.requests(successor) if message.op in ("qmp", "cancel")]
+    assert heard == ["qmp", "cancel"]
