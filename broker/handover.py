@@ -70,5 +70,7 @@ def pass_on(packet: Packet, fds: list[int], to: PacketEnd) -> None:
     """What a zygote tells of what it keeps, as news for another one. Takes the fds that it uses out of `fds`. Raises OSError."""
     if isinstance(packet, Kept) and len(fds) == 1:
         to.send(Keep(packet.vm, packet.slot), fds.pop())
+    elif isinstance(packet, Kept):
+        log.error("VM %s: no fd was free to pass its %s on; it would not outlive its worker", packet.vm, packet.slot)
     elif isinstance(packet, Dropped):
         to.send(Drop(packet.vm, packet.slot))
