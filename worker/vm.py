@@ -128,12 +128,16 @@ class Vm:
         """When the VM entered its state, seconds since 1970."""
         return self._since / 1e6
 
+    def require_run(self) -> None:
+        """Raises `NotRunning` unless there is a run."""
+        if not self.alive:
+            raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
+
     def require_session(self) -> QmpSession:
         """The monitor's session, negotiated. `NotRunning` without a run, `MonitorLost` without a connection."""
         if self.session is not None and self.session.settled:
             return self.session
-        if not self.alive:
-            raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
+        self.require_run()
         raise MonitorLost(f"VM {self.name}: no connection to its monitor ({self.monitor.reason}); it is sought again")
 
     # -- the run --------------------------------------------------------------------------------------------------------------

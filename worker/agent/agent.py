@@ -21,7 +21,7 @@ from typing import Any, Final
 import tenacity
 
 from ...common.definition import AgentSection
-from ...common.errors import AgentAbsent, AgentUnresponsive, NotRunning, QmpError, VmloopError
+from ...common.errors import AgentAbsent, AgentUnresponsive, QmpError, VmloopError
 from ...common.pack import pack
 from ...common.page import Page
 from ...common.paths import VmPaths
@@ -75,7 +75,6 @@ class GuestAgent:
         self._section = AgentSection()
         self._path: str | None = None
         self.port_id: str | None = None
-        self._over = False  # the run
         self._open = False
         self._session: AgentSession | None = None
         self._standing = self._new_standing()
@@ -96,7 +95,6 @@ class GuestAgent:
     ) -> None:
         """A run has begun, or (taken_over) goes on under a new worker. port_id: the id in VSERPORT_CHANGE, None if not known."""
         self.close("a new run begins", over=not taken_over)
-        self._over = False
         self._path, self._section, self.port_id = socket_path, section, port_id
         self._standing = self._new_standing()
         self._openings = Openings()
@@ -156,7 +154,6 @@ class GuestAgent:
             self._looking.cancel()
             self._looking = None
         self._path = self._query = None
-        self._over = over
         if over:
             self._drop(reason)
         else:
@@ -266,8 +263,6 @@ class GuestAgent:
     def _require_session(self) -> AgentSession:
         if self._session is not None:
             return self._session
-        if self._over:
-            raise NotRunning(f"VM {self._name}: {self.state.reason}; start it first")
         if self._path is None:
             text = f"VM {self._name} has no port for a guest agent; set agent.enabled and start it again"
             raise AgentAbsent(text, sent=False)

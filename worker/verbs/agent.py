@@ -122,6 +122,7 @@ def _check(arguments: AgentArguments) -> None:
 
 
 def _submit(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    app.vm.require_run()
     name = arguments.command
     app.vm.agent.submit(
         name,
