@@ -166,9 +166,9 @@ class Vm:
 
     def _settled_before(self, run: Run, move: Move) -> None:
         """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
-        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
         self._keeper.drop()
         clear_run_directory(self.paths.run)
+        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
 
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
@@ -400,12 +400,12 @@ class Vm:
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
+        self._keeper.drop()
+        clear_run_directory(self.paths.run)  # first: once the end is written down no next worker would
         try:
             self.save(over(self.run, move.state.value, move.reason, self.events.cursor))
         except OSError as error:
             log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
-        self._keeper.drop()
-        clear_run_directory(self.paths.run)
         self.gone.set()
         self.changed()
 
