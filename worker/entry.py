@@ -119,15 +119,6 @@ def _serve(
     return WorkerExit.DONE
 
 
-def _forget(app: App) -> None:
-    """Remove the VM's directories; its last epoch stays, if need be on the page."""
-    kept = leave_epoch(app.paths, app.vm.run, app.events.newest_epoch)
-    logging.shutdown()
-    remove_directory(app.paths.state)
-    if kept or leave_epoch(app.paths, app.vm.run, app.events.newest_epoch):  # on a full disk there is room now
-        remove_directory(app.paths.run)
-
-
 def _connection(slot: str, fd: int) -> socket.socket | None:
     """A connection that the zygote kept. None if the fd is none of ours, which is closed: the VM is served over a new one."""
     try:
@@ -153,6 +144,15 @@ def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
             if main.done():
                 raise
             log.error("a task of a handler tried to end the worker: %r", error)
+
+
+def _forget(app: App) -> None:
+    """Remove the VM's directories; its last epoch stays, if need be on the page."""
+    kept = leave_epoch(app.paths, app.vm.run, app.events.newest_epoch)
+    logging.shutdown()
+    remove_directory(app.paths.state)
+    if kept or leave_epoch(app.paths, app.vm.run, app.events.newest_epoch):  # on a full disk there is room now
+        remove_directory(app.paths.run)
 
 
 def _open_page(paths: VmPaths, stack: StackFile, last_exit: int | None) -> tuple[Page, Predecessor]:

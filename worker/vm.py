@@ -161,9 +161,9 @@ class Vm:
 
     def _settled_before(self, run: Run, move: Move) -> None:
         """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
-        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
         self.keeper.drop()
         clear_run_directory(self.paths.run)
+        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
 
     def tell_end_of_run(self) -> None:
         """An earlier worker has written down that the run is over, and may not have come to tell it, nor to clear away."""
@@ -376,12 +376,12 @@ class Vm:
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
+        self.keeper.drop()
+        clear_run_directory(self.paths.run)
         try:
             self.save(over(self.run, move.state.value, move.reason, self.events.cursor))
         except OSError as error:
             log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
-        self.keeper.drop()
-        clear_run_directory(self.paths.run)
         self.gone.set()
         self.changed()
 

@@ -4,9 +4,13 @@ event is missing from the VM's stream or twice in it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -130,18 +134,30 @@ def test_a_stop_whose_workers_die_while_the_guest_takes_its_time_is_answered(sit
     assert names_of(stream_of(vm)).count("POWERDOWN") == 1
 
 
-def test_a_kill_whose_worker_dies_right_after_it_is_answered_as_done(site: Site, host: Host) -> None:
+@pytest.mark.parametrize("after", [0.0, 0.001, 0.003])
+def test_a_kill_whose_worker_dies_right_after_it_is_answered_as_done(site: Site, host: Host, after: float) -> None:
     vm = started(site, host)
     pid, worker = vm.show().pid, worker_of(vm)
     assert pid is not None
-    with host.events("web1") as events:
+    with open_process(pid) as qemu, open_process(worker) as pidfd, host.events("web1") as events:
         asked = Asked(vm.kill)
-        kill_process(worker)
+        assert select.select([qemu], [], [], SECONDS)[0]
+        wait_for(lambda: False, after)
+        with contextlib.suppress(ProcessLookupError):  # it was done with everything
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         assert asked.result().state == "shutoff"
         assert events.wait_for("VM_STATE", SECONDS).data["new"] == "shutoff"
-    assert names_of(stream_of(vm), "vmloop").count("VM_STATE") == len(
-        [event for event in stream_of(vm) if event.event == "VM_STATE"]
-    )
+    assert wait_for(lambda: vm.show().state == "shutoff")
+    assert [event.data["new"] for event in stream_of(vm) if event.event == "VM_STATE"].count("shutoff") == 1
+
+
+@contextlib.contextmanager
+def open_process(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8])
@@ -169,17 +185,18 @@ def test_a_start_whose_worker_dies_at_any_time_ends_with_one_vm_or_with_none(
 
 
 def test_a_definition_is_written_although_its_workers_die(site: Site, host: Host) -> None:
+    kills = 0
     for number in range(5):
         asked = Asked(lambda: site.define(site.host(), "web1", "-m", "64"))
         if wait_for(lambda: any(vm.worker_pid for vm in host.list()), 1.0):
             pid = host.list()[0].worker_pid
             if pid is not None:
-                try:
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
                     kill_process(pid)
-                except ProcessLookupError:
-                    continue  # it was done already
+                    kills += 1
         asked.result()
         assert host.vm("web1").show().defined, number
+    assert kills > 0
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------------
