@@ -22,9 +22,7 @@ _FILES: Final = {
     "-object": ("mem-path", "filename", "dir"),
     "-device": ("romfile", "evdev"),
 }
-_LOCAL_DRIVERS: Final = frozenset(
-    {"file", "host_device", "host_cdrom", ""}
-)  # of -blockdev whose `filename` is a file here
+_LOCAL_DRIVERS: Final = ("file", "host_device", "host_cdrom", "")  # of -blockdev whose `filename` is a file here
 _MADE_BY_QEMU: Final = ("path", "logfile")  # of -chardev: only the directory must be there
 
 

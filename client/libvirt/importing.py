@@ -13,7 +13,7 @@ import msgspec
 from ...common.definition import AgentSection, Definition, HandlersSection, QemuSection, definition_from_mapping
 from ...common.errors import BadRequest, ConfigError
 from ...common.names import vm_name
-from .argv import Option, parse_command_line
+from .argv import Option, parse_command_line, properties_of
 from .domain_xml import child_text, read_domain
 from .host_paths import path_notes
 from .inventory import notes_of_domain
@@ -40,6 +40,7 @@ _POWER_OFF: Final[dict[str, tuple[_PowerOff, str]]] = {
     "restart": ("restart", ""),
     "preserve": ("preserve", ""),
 }
+_HOOKS: Final = ("/etc/libvirt/hooks/qemu", "/etc/libvirt/hooks/qemu.d")
 _NOT_KNOWN: Final = "vmloop has nothing like it"
 
 
@@ -69,7 +70,7 @@ def import_domain(
     takeover = Takeover(line, prepared.cards, chosen, translated.own_directory)
     options = takeover.run()
     handlers, notes = _handlers(root)
-    options += _no_reboot(root, options, handlers, notes)
+    options = _clock(root, options, notes) + _no_reboot(root, options, handlers, notes)
     definition = Definition(
         chosen,
         QemuSection(line.binary, [word for option in options for word in option.words()]),
@@ -83,6 +84,7 @@ def import_domain(
         *notes,
         *takeover.notes,
         *path_notes(line.binary, options, exists),
+        *_hooks(exists),
     ]
     return Imported(_checked(definition, origin), options, notes)
 
@@ -112,6 +114,36 @@ def _handlers(root: Element) -> tuple[HandlersSection, list[Note]]:
         notes.append(changed(f"on_poweroff {child_text(root, 'on_poweroff')[:32]}", f"{on_poweroff}: {why}"))
     dump = any(device.get("action") == "dump" for device in root.findall("devices/watchdog"))
     return HandlersSection(on_crash=on_crash, on_watchdog="dump" if dump else "none", on_poweroff=on_poweroff), notes
+
+
+def _hooks(exists: Callable[[str], bool]) -> list[Note]:
+    if not any(exists(place) for place in _HOOKS):
+        return []
+    return [
+        left_out(
+            "hooks",
+            f"{_HOOKS[0]} was run by libvirt for this domain too: vmloop has handlers, and hooks of its own in etc/hooks.d",
+        )
+    ]
+
+
+def _clock(root: Element, options: list[Option], notes: list[Note]) -> list[Option]:
+    """A clock that the guest may set begins, in libvirt's arguments, at the time of this very import."""
+    clock = root.find("clock")
+    if clock is None or clock.get("offset") != "variable":
+        return options
+    base = "localtime" if clock.get("basis") == "localtime" else "utc"
+    notes.append(
+        changed(
+            "clock",
+            f"base={base}: libvirt kept how far the guest had set its clock for the next start, vmloop does not",
+        )
+    )
+    return [_begin_clock_at(option, base) for option in options]
+
+
+def _begin_clock_at(option: Option, base: str) -> Option:
+    return Option(option.name, properties_of(option).replaced(base=base).render()) if option.name == "-rtc" else option
 
 
 def _no_reboot(root: Element, options: list[Option], handlers: HandlersSection, notes: list[Note]) -> list[Option]:

@@ -106,7 +106,7 @@ _UNITS: Final = {"b": 1, "bytes": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "
 
 def notes_of_domain(root: Element) -> list[Note]:
     """All that the arguments cannot say, but for the network cards (interfaces.py) and what preparation.py takes out."""
-    found = [*_top(root), *_memory(root), *_processors(root), *_clock(root), *_environment(root)]
+    found = [*_top(root), *_memory(root), *_processors(root), *_environment(root)]
     for device in root.findall("devices/*"):
         reason = _DEVICES.get(device.tag, _UNKNOWN)
         if reason is not None:
@@ -153,14 +153,6 @@ def _processors(root: Element) -> Iterator[Note]:
     if any(each.get("hotpluggable") == "yes" and each.get("enabled") == "yes" for each in root.findall("vcpus/vcpu")):
         yield left_out(
             "vcpus", "those that can be unplugged were added by libvirt after the start: vmloop qmp NAME device_add"
-        )
-
-
-def _clock(root: Element) -> Iterator[Note]:
-    clock = root.find("clock")
-    if clock is not None and (clock.get("offset") == "variable" or clock.get("adjustment")):
-        yield left_out(
-            "clock", "libvirt kept what the guest changed of its clock (RTC_CHANGE) for the next start; vmloop does not"
         )
 
 
