@@ -76,7 +76,7 @@ def translate(xml: bytes, uri: str | None, origin: str) -> Translated:
         connection = uri if uri is not None else f"qemu:///embed?root={directory}"
         argv = [virsh, "--quiet", "--connect", connection, "domxml-to-native", "qemu-argv", str(file)]
         environment = _environment(None if uri is not None else directory)
-        done = run(argv, TRANSLATE_SECONDS, environment=environment, identity=identity, mark=str(directory))
+        done = _run(argv, TRANSLATE_SECONDS, environment=environment, identity=identity, mark=str(directory))
         return Translated(_answer(done, origin), str(directory) if uri is None else "")
 
 
@@ -85,7 +85,7 @@ def known_domain(name: str, uri: str | None) -> Known:
     virsh = [_virsh(), "--quiet", *(("--connect", uri) if uri is not None else ())]
 
     def ask(*words: str) -> str:
-        done = run([*virsh, *words, "--domain", name], ASK_SECONDS, environment=_environment(None))
+        done = _run([*virsh, *words, "--domain", name], ASK_SECONDS, environment=_environment(None))
         return _answer(done, f"domain {name}")
 
     xml = ask("dumpxml", "--inactive")
@@ -107,6 +107,15 @@ def _virsh() -> str:
     if found is None:
         raise ConfigError(f"libvirt is not installed (no virsh in PATH), and it translates the XML; {INSTALL}")
     return found
+
+
+def _run(
+    argv: list[str], seconds: float, *, environment: dict[str, str], identity: Identity | None = None, mark: str = ""
+) -> Finished:
+    try:
+        return run(argv, seconds, environment=environment, identity=identity, mark=mark)
+    except OSError as error:  # a script without its interpreter, a directory that nobody may look into
+        raise ConfigError(f"cannot run {argv[0]}: {error.strerror}") from error
 
 
 def _answer(done: Finished, origin: str) -> str:

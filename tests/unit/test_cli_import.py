@@ -138,6 +138,14 @@ def test_what_libvirt_refuses_is_told_in_its_words_with_advice(desk: Desk, why: 
     assert "noise" not in text
 
 
+def test_a_virsh_that_cannot_be_run_is_named(desk: Desk) -> None:
+    program = desk.path / "virsh"
+    program.write_text("#!/nosuch/interpreter\n")
+    program.chmod(0o755)
+    done = desk.run(str(DATA / "desk.xml"))
+    assert done.stderr == f"vmloop: config-error: cannot run {program}: No such file or directory\n".encode()
+
+
 def test_libvirt_gets_a_directory_of_its_own_which_is_gone_afterwards(desk: Desk) -> None:
     desk.virsh(f'WHY="$HOME $3 $(id -u) $(cat "$HOME/domain.xml" | wc -l)"\n{REFUSES}')
     text = desk.run(str(DATA / "desk.xml")).stderr.decode()
