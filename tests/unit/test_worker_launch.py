@@ -75,22 +75,6 @@ def test_an_agent_gets_a_port_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_the_agents_devices_come_after_the_users_also_where_those_are_in_json() -> None:
-    """QEMU plugs in what is in JSON last: ours would take a slot that one of the user's names."""
-    user = definition(SIMULATED, "-device", '{"driver":"VGA","addr":"0x1"}')
-    argv = command_line(user, monitor_fd=7, agent_fd=8, stopped=False)
-    devices = [json.loads(value) for option, value in pairwise(argv) if option == "-device"]
-    assert [device["driver"] for device in devices] == ["VGA", "virtio-serial", "virtserialport"]
-    assert devices[1]["id"] == f"{AGENT_ID}-bus"
-    assert devices[2] == {
-        "driver": "virtserialport",
-        "bus": f"{AGENT_ID}-bus.0",
-        "chardev": AGENT_ID,
-        "name": "org.qemu.guest_agent.0",
-        "id": f"{AGENT_ID}-port",
-    }
-
-
 def test_its_cpus_begin_stopped_only_if_asked_for(stopped: bool) -> None:
     assert ("-S" in command_line(definition(), monitor_fd=5, agent_fd=None, stopped=stopped)) is stopped
 
@@ -226,3 +210,19 @@ def test_a_large_log_is_turned_over_before_the_next_run(paths: VmPaths) -> None:
         until(vm.process.ended)
     assert paths.qemu_log.with_name("qemu.log.1").stat().st_size == LOG_BYTES + 1
     assert paths.qemu_log.stat().st_size < 1000
+
+
+def test_the_agents_devices_come_after_the_users_also_where_those_are_in_json() -> None:
+    """QEMU plugs in what is in JSON last: ours would take a slot that one of the user's names."""
+    user = definition(SIMULATED, "-device", '{"driver":"VGA","addr":"0x1"}')
+    argv = command_line(user, monitor_fd=7, agent_fd=8, stopped=False)
+    devices = [json.loads(value) for option, value in pairwise(argv) if option == "-device"]
+    assert [device["driver"] for device in devices] == ["VGA", "virtio-serial", "virtserialport"]
+    assert devices[1]["id"] == f"{AGENT_ID}-bus"
+    assert devices[2] == {
+        "driver": "virtserialport",
+        "bus": f"{AGENT_ID}-bus.0",
+        "chardev": AGENT_ID,
+        "name": "org.qemu.guest_agent.0",
+        "id": f"{AGENT_ID}-port",
+    }
