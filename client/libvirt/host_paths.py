@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ _FILES: Final = {
     "-device": ("romfile", "evdev"),
 }
 _LOCAL_DRIVERS: Final = ("file", "host_device", "host_cdrom", "")  # of -blockdev whose `filename` is a file here
+_PROTOCOL: Final = re.compile(r"[A-Za-z0-9+.-]+:")  # of -drive file=nbd://…, which names no file
 _MADE_BY_QEMU: Final = ("path", "logfile")  # of -chardev: only the directory must be there
 
 
@@ -53,7 +55,7 @@ def _files(option: Option) -> Iterator[str]:
         yield option.value or ""
     elif keys:
         values = properties_of(option).values
-        yield from (path for path in _found(values, keys) if path not in ("", "."))
+        yield from (path for path in _found(values, keys) if path not in ("", ".") and not _PROTOCOL.match(path))
 
 
 def _found(values: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:

@@ -27,6 +27,8 @@ TRANSLATE_SECONDS: Final = 60.0
 # A question to a daemon; one that hangs with a VM of its own answers this all the same.
 ASK_SECONDS: Final = 30.0
 
+_DOMAIN: Final = "domain.xml"
+
 INSTALL: Final = (
     "on Debian and Ubuntu: apt-get install --no-install-recommends libvirt-clients libvirt-daemon-driver-qemu; "
     "on Fedora: dnf install libvirt-client libvirt-daemon-driver-qemu. No daemon needs to run"
@@ -69,10 +71,8 @@ def translate(xml: bytes, uri: str | None, origin: str) -> Translated:
     """QEMU's command line for a domain. `ConfigError` without libvirt, or if it refuses; `DeadlineExceeded`."""
     virsh = _virsh()
     identity = _nobody() if uri is None else None
-    with _directory(identity) as directory:
-        file = directory / "domain.xml"
-        file.write_bytes(xml)
-        file.chmod(0o644)
+    with _directory(identity, xml) as directory:
+        file = directory / _DOMAIN
         connection = uri if uri is not None else f"qemu:///embed?root={directory}"
         argv = [virsh, "--quiet", "--connect", connection, "domxml-to-native", "qemu-argv", str(file)]
         environment = _environment(None if uri is not None else directory)
@@ -158,8 +158,12 @@ def _nobody() -> Identity | None:
 
 
 @contextmanager
-def _directory(identity: Identity | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vmloop-import-") as directory:
+def _directory(identity: Identity | None, xml: bytes) -> Iterator[Path]:
+    """With the domain in it. It is handed over afterwards: in a directory of another's root would write wherever a link there leads."""
+    with tempfile.TemporaryDirectory(prefix="vmloop-import-") as name:
+        directory = Path(name)
+        (directory / _DOMAIN).write_bytes(xml)
+        (directory / _DOMAIN).chmod(0o644)
         if identity is not None:
             os.chown(directory, identity.user, identity.group)
-        yield Path(directory)
+        yield directory

@@ -212,6 +212,32 @@ def test_a_path_that_is_not_there_is_warned_of_and_one_that_is_is_not() -> None:
     assert "qemu.binary /usr/bin/qemu-system-x86_64" in told(imported("desk"), Kind.WARNING)
 
 
+@pytest.mark.parametrize(
+    ("option", "warned"),
+    [
+        ("-drive file=nbd://host/disk,if=none", ""),
+        ("-drive file=rbd:pool/image,if=none", ""),
+        ("-drive file=disk.img,if=none", "-drive disk.img: is no absolute path"),
+        ("-kernel vmlinuz", "-kernel vmlinuz: is no absolute path"),
+        (
+            '-blockdev \'{"driver":"qcow2","file":{"driver":"file","filename":"/no/disk"}}\'',
+            "-blockdev /no/disk: is not there",
+        ),
+        ('-blockdev \'{"driver":"gluster","filename":"vol/disk"}\'', ""),
+        ("-blockdev driver=host_device,filename=/dev/nosuch", "-blockdev /dev/nosuch: is not there"),
+        ("-chardev file,id=a,path=/no/log", "the directory of -chardev /no: is not there"),
+        ("-chardev file,id=a,path=log", ""),
+    ],
+)
+def test_files_are_looked_for_wherever_an_argument_names_one(option: str, warned: str) -> None:
+    line = Translated(f"/bin/qemu {option}", "")
+    found = import_domain(
+        b"<domain type='kvm'><name>a</name></domain>", "x", lambda _: line, exists=lambda p: p == "/bin/qemu"
+    )
+    assert told(found, Kind.WARNING).startswith(warned)
+    assert bool(told(found, Kind.WARNING)) is bool(warned)
+
+
 def test_files_in_directories_of_libvirts_that_are_the_guests_own_are_named_elsewhere() -> None:
     found = imported("firmware")
     assert values(found, "-blockdev", filename="/var/lib/libvirt/qemu/nvram/firmware_VARS.fd")
