@@ -179,7 +179,9 @@ def properties_of(option: Option) -> Properties:
 
 def _from_key_values(text: str, implied_key: str) -> Properties:
     values: dict[str, Any] = {}
-    implied = False
+    implied = not text and bool(implied_key)
+    if implied:
+        values[implied_key] = ""
     at = 0
     while at < len(text):
         found = _COMMA.match(text, at)

@@ -28,7 +28,12 @@ def test_whatever_the_shell_would_quote_comes_back_as_it_was(values: list[str]) 
 @given(st.dictionaries(keys, words | st.none(), min_size=1), st.booleans())
 def test_key_values_come_back_as_they_were_with_any_commas(values: dict[str, str | None], implied: bool) -> None:
     first = next(iter(values))
-    if implied and values[first] is not None and "=" not in str(values[first]):
+    if (
+        implied
+        and values[first] is not None
+        and "=" not in str(values[first])
+        and not str(values[first]).startswith("{")
+    ):
         values = {
             "driver": values[first],
             **{key: value for key, value in values.items() if key not in (first, "driver")},

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmloop.client.libvirt.argv import Properties, properties_of
@@ -59,6 +59,7 @@ def test_the_file_reads_back_as_the_definition_and_holds_every_note(name: str) -
 
 
 @given(st.lists(st.text(max_size=20), max_size=3), st.text(max_size=20))
+@example(["\x7f", "a'b\"c", '{"a":"\\\\"}', "\n"], "\x7f\r\n\x00")
 def test_any_text_in_arguments_and_notes_makes_a_file_that_reads_back(arguments: list[str], text: str) -> None:
     clean = [word.encode("utf-8", "ignore").decode().replace("\0", "") for word in arguments]
     found = imported("old")

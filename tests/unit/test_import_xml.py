@@ -51,6 +51,11 @@ def test_a_domain_is_written_as_it_was_read(name: str) -> None:
     assert [(each.tag, each.attrib) for each in again.iter()] == [(each.tag, each.attrib) for each in root.iter()]
 
 
+def test_many_elements_side_by_side_are_not_deep() -> None:
+    text = b"<domain type='kvm'><name>a</name>" + b"<a><b/></a>" * MAX_DEPTH + b"</domain>"
+    assert len(read_domain(text, "here")) == MAX_DEPTH + 1
+
+
 @given(st.text())
 def test_text_in_a_domain_never_becomes_markup(text: str) -> None:
     root = read_domain(b"<domain type='kvm'><name>a</name></domain>", "here")
