@@ -125,8 +125,20 @@ def refuse_clashing_arguments(args: list[str], origin: str) -> None:
         if option == "-nographic":
             raise ConfigError(f"{origin}: qemu.args: -nographic is refused (it takes the terminal); use -display none")
         for own in (MONITOR_ID, AGENT_ID):
-            if f"id={own}" in following.split(",") or f"chardev={own}" in following.split(","):
+            if own in _ids_in(following):
                 raise ConfigError(f"{origin}: qemu.args: {option} {following}: the id '{own}' is vmloop's own")
+
+
+def _ids_in(value: str) -> set[object]:
+    """The ids that an option's value gives or refers to; QEMU takes key=value,… and for some options JSON."""
+    if not value.startswith("{"):
+        pairs = (part.partition("=") for part in value.split(","))
+        return {text for key, _, text in pairs if key in ("id", "chardev")}
+    try:
+        found = msgspec.json.decode(value, type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError):
+        return set()  # no JSON: QEMU will say so
+    return {text for key, text in found.items() if key in ("id", "chardev") and isinstance(text, str)}
 
 
 def _toml_value(value: object) -> str:

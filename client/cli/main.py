@@ -29,6 +29,7 @@ FAMILY: Final = {
     "restart-workers": "broker_process",
     "define": "definitions",
     "undefine": "definitions",
+    "import": "import_domain",
     "start": "power",
     "stop": "power",
     "kill": "power",

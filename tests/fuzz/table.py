@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from . import broker_targets, client_targets, file_targets, journal_targets, wire_targets, worker_targets
+from . import (
+    broker_targets,
+    client_targets,
+    file_targets,
+    import_targets,
+    journal_targets,
+    wire_targets,
+    worker_targets,
+)
 
 
 class Target(NamedTuple):
@@ -68,6 +76,30 @@ _ROWS: Final = (
         ("client/results.py", "client/guest_answers.py"),
     ),
     Target("words", client_targets.words, client_targets.command_lines, ("client/cli/monitor.py",)),
+    Target(
+        "domain-xml",
+        import_targets.domain_xml,
+        import_targets.domains,
+        (
+            "client/libvirt/domain_xml.py",
+            "client/libvirt/importing.py",
+            "client/libvirt/interfaces.py",
+            "client/libvirt/inventory.py",
+            "client/libvirt/preparation.py",
+        ),
+    ),
+    Target(
+        "libvirt-answer",
+        import_targets.libvirt_answer,
+        import_targets.libvirt_answers,
+        (
+            "client/libvirt/argv.py",
+            "client/libvirt/devices_of_libvirt.py",
+            "client/libvirt/document.py",
+            "client/libvirt/host_paths.py",
+            "client/libvirt/takeover.py",
+        ),
+    ),
     Target("monitor", worker_targets.monitor, worker_targets.monitor_scripts, ("worker/qmp/session.py",)),
     Target("monitor-bytes", worker_targets.monitor_bytes, worker_targets.monitor_chunks, ("worker/qmp/framing.py",)),
     Target(
@@ -108,8 +140,10 @@ NO_TARGET: Final = {
     "client/cli/agent.py": _REPLACES,
     "client/cli/base.py": "click's own conversion of a word of the command line, which takes text",
     "client/cli/cp.py": _REPLACES + "; a checksum is taken by a pattern of 64 hexadecimal digits",
+    "client/cli/import_domain.py": "makes text of the file that it has just written (`domain-xml`)",
     "client/cli/main.py": _REPLACES,
     "client/cli/output.py": _REPLACES,
+    "client/libvirt/virsh.py": "what virsh prints: UTF-8 or refused; then argv's own (`libvirt-answer`)",
     "client/lane.py": "the number of an event of libzmq's own socket monitor, from the same process",
     "worker/app.py": "a frame from the broker: wire's own `decode` (`frame`), then the operation's arguments (`arguments`)",
     "worker/handlers/view.py": "unpacks what it has just packed itself, to give each handler a copy",

@@ -132,6 +132,8 @@ def test_wrong_values_are_refused_by_their_key(data: dict[str, object], says: st
         (["-mon", "mode=control,chardev=vmloop-monitor"], "vmloop-monitor"),
         (["-device", "virtserialport,id=vmloop-agent"], "vmloop-agent"),
         (["-device", "virtserialport,chardev=vmloop-agent"], "vmloop-agent"),
+        (["-device", '{"driver":"virtserialport","chardev":"vmloop-agent"}'], "vmloop-agent"),
+        (["-object", '{"qom-type":"iothread","id":"vmloop-monitor"}'], "vmloop-monitor"),
         (["a\0b"], "zero byte"),
     ],
 )
@@ -149,6 +151,8 @@ def test_clashing_arguments_are_refused_by_name(args: list[str], names: str) -> 
         ["-monitor", "telnet:127.0.0.1:4444,server=on,wait=off"],
         ["-chardev", "socket,id=mine,path=/tmp/x", "-mon", "chardev=mine,mode=control"],
         ["-device", "virtserialport,id=vmloop-agent2"],
+        ["-device", '{"driver":"virtserialport","id":"vmloop-agent2","addr":{"id":"vmloop-agent"}}'],
+        ["-device", "{"],
         ["-name", "stdio"],
         ["-serial"],
     ],

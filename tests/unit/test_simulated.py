@@ -414,8 +414,18 @@ def test_a_command_line_of_qemus_is_read_as_far_as_it_matters() -> None:
     assert machine_from_arguments([]) == Machine()
 
 
+def test_a_device_may_be_in_json_as_libvirt_writes_it() -> None:
+    port = '{"driver":"virtserialport","nr":1,"chardev":"m","name":"org.qemu.guest_agent.0","id":"p"}'
+    machine = machine_from_arguments(
+        ["-chardev", "socket,id=m,path=/a", "-device", port, "-device", '{"driver":"VGA"}']
+    )
+    assert (machine.agent, machine.agent_port_id) == ("m", "p")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["-mon", "chardev=nope,mode=control"], ["-simulate", "nope=1"], ["-simulate", "slow=fast"]], ids=str
+    "arguments",
+    [["-mon", "chardev=nope,mode=control"], ["-simulate", "nope=1"], ["-simulate", "slow=fast"], ["-device", "{"]],
+    ids=str,
 )
 def test_a_command_line_that_cannot_work_is_refused(arguments: list[str]) -> None:
     with pytest.raises(LaunchError):

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -227,3 +229,19 @@ def test_a_large_log_is_turned_over_before_the_next_run(paths: VmPaths) -> None:
         until(vm.process.ended)
     assert paths.qemu_log.with_name("qemu.log.1").stat().st_size == LOG_BYTES + 1
     assert paths.qemu_log.stat().st_size < 1000
+
+
+def test_the_agents_devices_come_after_the_users_also_where_those_are_in_json() -> None:
+    """QEMU plugs in what is in JSON last: ours would take a slot that one of the user's names."""
+    user = definition(SIMULATED, "-device", '{"driver":"VGA","addr":"0x1"}')
+    argv = command_line(user, monitor_fd=7, agent_fd=8, stopped=False)
+    devices = [json.loads(value) for option, value in pairwise(argv) if option == "-device"]
+    assert [device["driver"] for device in devices] == ["VGA", "virtio-serial", "virtserialport"]
+    assert devices[1]["id"] == f"{AGENT_ID}-bus"
+    assert devices[2] == {
+        "driver": "virtserialport",
+        "bus": f"{AGENT_ID}-bus.0",
+        "chardev": AGENT_ID,
+        "name": "org.qemu.guest_agent.0",
+        "id": f"{AGENT_ID}-port",
+    }

@@ -8,11 +8,13 @@ has even started, and there is nothing to retry.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Final
 
@@ -50,14 +52,28 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
     argv += ["-mon", f"chardev={MONITOR_ID},mode=control"]
     if agent_fd is not None:
         argv += ["-chardev", f"socket,id={AGENT_ID},fd={agent_fd},server=on,wait=off"]
-        argv += ["-device", f"virtio-serial,id={AGENT_ID}-bus"]
-        argv += [
-            "-device",
-            f"virtserialport,bus={AGENT_ID}-bus.0,chardev={AGENT_ID},name=org.qemu.guest_agent.0,id={AGENT_ID}-port",
-        ]
+        for device in _agent_devices():
+            argv += ["-device", _device(device, in_json=_has_json_devices(definition.qemu.args))]
     if stopped:
         argv.append("-S")
     return argv
+
+
+def _agent_devices() -> list[dict[str, str]]:
+    port = {"bus": f"{AGENT_ID}-bus.0", "chardev": AGENT_ID, "name": "org.qemu.guest_agent.0", "id": f"{AGENT_ID}-port"}
+    return [{"driver": "virtio-serial", "id": f"{AGENT_ID}-bus"}, {"driver": "virtserialport", **port}]
+
+
+def _has_json_devices(args: list[str]) -> bool:
+    return any(option in ("-device", "--device") and value.startswith("{") for option, value in pairwise(args))
+
+
+def _device(properties: dict[str, str], *, in_json: bool) -> str:
+    """QEMU plugs in devices in JSON after all others: ours, which take any free slot, must not come before the user's."""
+    if in_json:
+        return json.dumps(properties, separators=(",", ":"))
+    driver, *others = properties.items()
+    return ",".join([driver[1], *(f"{key}={value}" for key, value in others)])
 
 
 def mark_of(paths: VmPaths, epoch: int | None) -> str:

@@ -329,7 +329,9 @@ _OPTIONS: Final[dict[str, Callable[[Machine, str], None]]] = {
 
 
 def _values(text: str, first: str = "") -> dict[str, str]:
-    """The pairs of `key=value,key=value`; a first part without a key belongs to the key `first`. A comma in a value is doubled."""
+    """The pairs of `key=value,key=value`; a first part without a key belongs to the key `first`. A comma in a value is doubled. Or JSON."""
+    if text.startswith("{"):
+        return _texts_of_json(text)
     values: dict[str, str] = {}
     for position, part in enumerate(text.replace(",,", "\0").split(",")):
         key, equals, value = part.replace("\0", ",").partition("=")
@@ -340,6 +342,14 @@ def _values(text: str, first: str = "") -> dict[str, str]:
         elif key:
             values[key] = "on"
     return values
+
+
+def _texts_of_json(text: str) -> dict[str, str]:
+    try:
+        values = msgspec.json.decode(text, type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise LaunchError(f"{text[:80]}: {error}") from None
+    return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
 async def _run_one(machine: Machine) -> int:
