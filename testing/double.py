@@ -237,10 +237,11 @@ class Double:
                 self.set_faults(**before)
 
     def heal(self) -> None:
-        """End every fault, whatever it is. Nothing if QEMU is gone."""
+        """End every fault, whatever it is, SIGSTOP too. Nothing if QEMU is gone."""
         self._faults = {}
         with contextlib.suppress(NotRunning):
             self._signal(signal.SIGUSR1)
+            self._signal(signal.SIGCONT)
 
     # -- the end ----------------------------------------------------------------------------------------------------------
 

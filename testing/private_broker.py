@@ -52,14 +52,15 @@ class PrivateBroker:
             self.handlers_directory.mkdir(parents=True)
             if settings:
                 self.paths.settings_file.write_text(settings)
-            self._start()
+            self.start()
         except BaseException:
             self._clear_away()
             raise
 
     # -- start ------------------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """The next broker, after `kill`. Raises `LaunchFailed` with its log if it does not come up."""
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vmloop.broker", str(self.root)],
@@ -75,15 +76,19 @@ class PrivateBroker:
 
         try:
             retrying = Retrying(reraise=True, retry=retry_if_exception(may_come), stop=stop_after_delay(START_SECONDS))
-            self._host = retrying(connect, root=self.root, wait=LOOK_AT_PROCESS)
+            host = retrying(connect, root=self.root, wait=LOOK_AT_PROCESS)
         except NoBroker as error:
             raise LaunchFailed(f"the test's broker did not come up: {error}\n{self.log()}", log=self.log()) from error
+        if self._host is None:
+            self._host = host
+        else:  # the client that the test has goes on
+            host.close()
 
     # -- run --------------------------------------------------------------------------------------------------------------
 
     @property
     def host(self) -> Host:
-        """A client of the broker, closed with it."""
+        """A client of the broker, closed with it. While no broker is there its requests wait for the next one."""
         assert self._host is not None
         return self._host
 
@@ -103,6 +108,13 @@ class PrivateBroker:
         """Define a simulated VM with its agent on. `sections`: further ones of a definition. Raises `ConfigError`, `VmExists`."""
         sections.setdefault("agent", {"enabled": True})
         self.host.define({"name": name, "qemu": {"binary": "simulated", "args": list(args)}, **sections})
+
+    def kill(self) -> None:
+        """The broker dies (SIGKILL): its VMs and their workers run on. `start` has the next one."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(END_SECONDS)
+        self._process = None
 
     # -- stop -------------------------------------------------------------------------------------------------------------
 
@@ -132,8 +144,9 @@ class PrivateBroker:
 
     def _shut_down(self) -> str:
         """Ask the broker to kill its VMs and end; why that did not work, or nothing."""
-        if self._process is None:
-            return ""
+        if self._process is None:  # only it can end what the killed one left
+            self.start()
+        assert self._process is not None
         if self._process.poll() is not None:
             return f"ended during the test with status {self._process.returncode}"
         try:

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -26,7 +30,7 @@ from vmloop.worker.handlers import AsyncVm, Event, SyncVm, on
 from vmloop.worker.qemu.simulated_faults import Faults
 
 from ..contract.test_recorded_dialogue import QEMU_7_2
-from .site import kill_process, wait_for
+from .site import kill_process, signal_process, wait_for
 
 # -- a simulated VM -------------------------------------------------------------------------------------------------------
 
@@ -105,6 +109,14 @@ def test_a_frozen_vm_thaws_at_the_end_of_the_block(simulated_vm: Double) -> None
     assert simulated_vm.vm.qmp("query-status", wait_frozen=True)["running"] is True
 
 
+def test_a_stopped_process_goes_on_when_it_is_healed(simulated_vm: Double) -> None:
+    pid = simulated_vm.vm.show().pid
+    assert pid is not None
+    signal_process(pid, signal.SIGSTOP)
+    simulated_vm.heal()
+    assert simulated_vm.vm.qmp("query-status", wait_frozen=True, timeout=10)["running"] is True
+
+
 def test_the_faults_before_a_block_are_those_after_it(simulated_vm: Double) -> None:
     simulated_vm.set_faults(big_reply=3000)
     with simulated_vm.faults(busy=True, agent_disabled=["guest-info", "guest-ping"]):
@@ -132,15 +144,18 @@ def test_a_vm_that_is_gone_says_so(simulated_vm: Double) -> None:
 # -- handlers -------------------------------------------------------------------------------------------------------------
 
 
+WORK: Final = 0.2  # seconds that a handler takes, so that a single look comes too early
+
+
 @on("SITE_FIRST")
 async def pass_on(vm: AsyncVm, event: Event) -> None:
-    await vm.qmp("query-status")
+    await asyncio.sleep(WORK)
     vm.emit("SITE_SECOND", event.data)
 
 
 @on("SITE_SECOND")
 def pass_on_again(vm: SyncVm, event: Event) -> None:
-    vm.qmp("query-status")
+    threading.Event().wait(WORK)
     vm.emit("SITE_THIRD", event.data)
 
 
@@ -196,6 +211,22 @@ def test_a_broker_that_does_not_come_up_says_why_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(LaunchFailed) as caught:
         PrivateBroker("no toml")
     assert "vmloop.toml" in caught.value.fields["log"]
+
+
+def test_a_broker_that_is_killed_on_purpose_has_a_successor(broker: PrivateBroker, simulated_vm: Double) -> None:
+    before = simulated_vm.vm.show().pid
+    broker.kill()
+    broker.start()
+    assert simulated_vm.vm.show().pid == before
+    assert simulated_vm.vm.qmp("query-status")["running"] is True
+
+
+def test_what_a_killed_broker_leaves_is_ended_all_the_same() -> None:
+    with PrivateBroker() as broker:
+        broker.define_simulated("web1")
+        broker.host.vm("web1").start()
+        broker.kill()
+    assert broker._processes() == {}
 
 
 def test_a_broker_that_died_fails_the_test_and_leaves_nothing() -> None:

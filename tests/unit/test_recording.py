@@ -117,6 +117,11 @@ def test_another_format_says_what_to_do() -> None:
         decode_recording(text, "f")
 
 
+def test_a_line_that_is_cut_off_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^f: line 3 is cut off: the recorder was killed"):
+        decode_recording(encoded([Entry(0.0, qemu={"QMP": {}})])[:-1], "f")
+
+
 def test_a_recording_without_its_end_says_how_to_use_it_all_the_same() -> None:
     text = encoded([Entry(0.0, qemu={"QMP": {}})])
     torn = text.removesuffix(encode_end(1))
@@ -143,6 +148,7 @@ def test_a_recording_without_its_end_says_how_to_use_it_all_the_same() -> None:
         ),
         ("object-add", {"qom-type": "rng", "id": "r", "data": "w"}, None),
         ("set_password", {"protocol": "vnc", "password": "w"}, {"protocol": "vnc", "password": HIDDEN}),
+        ("sev-inject-launch-secret", {"packet-header": "h", "secret": "w"}, {"packet-header": "h", "secret": HIDDEN}),
         ("change-vnc-password", {"password": "w"}, {"password": HIDDEN}),
         ("blockdev-add", {"driver": "luks", "key-secret": "s", "file": {"proxy-password-secret": "p"}}, None),
         (

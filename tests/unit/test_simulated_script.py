@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmloop.common.errors import ConfigError
 from vmloop.worker.qemu.recording import Entry, Header, Recording
@@ -145,6 +147,37 @@ def test_what_is_left_unplayed_is_known() -> None:
     script = Tape().client("a").says(**{"return": 1}).client("b").says(**{"return": 1}).script()
     taken(script, "a")
     assert script.unplayed() == ["b"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["stop", "cont", "query-x"]), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)
+        ),
+        max_size=12,
+    ),
+    st.integers(0, 2),
+)
+def test_whoever_says_the_same_hears_the_same(steps: list[tuple[str, int, int, int]], early: int) -> None:
+    tape = Tape()
+    for _ in range(early):
+        tape.event("EARLY")
+    for number, (command, argument, before, after) in enumerate(steps):
+        tape.client(command, number, value=argument)
+        for one in range(before):
+            tape.event(f"BEFORE_{number}_{one}")
+        tape.says(**{"return": number, "id": number})
+        for one in range(after):
+            tape.event(f"AFTER_{number}_{one}")
+    script = tape.script()
+    heard = [GREETING, *(said.message for said in script.opening)]
+    for number, (command, argument, _, _) in enumerate(steps):
+        exchange = taken(script, command, value=argument)
+        assert exchange.reply is not None
+        reply = reply_to({"id": number}, exchange.reply.message)
+        heard += [*(said.message for said in exchange.before), reply, *(said.message for said in exchange.after)]
+    assert heard == [line.qemu for line in tape.lines if isinstance(line.qemu, dict)]
+    assert script.unplayed() == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ HIDDEN: Final = "(hidden)"
 MAX_DEPTH: Final = 512  # levels of a value; what lies deeper is hidden unseen. QEMU itself reads 1024
 
 # Members whose value is a secret wherever they stand. `password-secret` and the like name an object that holds one: not hidden.
-_SECRET_MEMBER: Final = re.compile(r"(.*[-_.])?(password|passwd|passphrase|cookie|psk|token)", re.IGNORECASE)
+_SECRET_MEMBER: Final = re.compile(r"secret|(.*[-_.])?(password|passwd|passphrase|cookie|psk|token)", re.IGNORECASE)
 # Kinds of objects whose `data` is a secret, and members that name a property which is one.
 _SECRET_OBJECT: Final = "secret"
 _SECRET_PROPERTIES: Final = frozenset({"data"})
