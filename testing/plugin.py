@@ -97,7 +97,7 @@ def simulated_vms(broker: PrivateBroker, request: pytest.FixtureRequest) -> Iter
             broker.define_simulated(name, *args, **sections)
             double = start_double(broker.host.vm(name), agent=sections["agent"].get("enabled", False))
             made.callback(double.close)
-            _check_after_test(request, double.finish)
+            made.enter_context(_checked_after_test(request, double.finish))
             return double
 
         yield start
@@ -126,7 +126,7 @@ def vmloop_handlers(broker: PrivateBroker, request: pytest.FixtureRequest) -> It
             broker.define_simulated(name, handlers={**section, "load": load})
             double = start_double(broker.host.vm(name), agent=True, handlers=True)
             made.callback(double.close)
-            _check_after_test(request, double.finish)
+            made.enter_context(_checked_after_test(request, double.finish))
             return double
 
         yield start
@@ -174,6 +174,13 @@ def replayed_vm(broker: PrivateBroker, replayed_monitor: ReplayedMonitor) -> Ite
         yield attach
 
 
-def _check_after_test(request: pytest.FixtureRequest, check: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _checked_after_test(request: pytest.FixtureRequest, check: Callable[[], None]) -> Iterator[None]:
+    """Have this looked at when the test function returns; not any more when its fixture has ended and the test is run again."""
     node: pytest.Item = request.node
-    node.stash.setdefault(_CHECKS, []).append(check)
+    checks = node.stash.setdefault(_CHECKS, [])
+    checks.append(check)
+    try:
+        yield
+    finally:
+        checks.remove(check)

@@ -158,6 +158,20 @@ def test_a_test_that_fails_by_itself_fails_for_that_alone_and_leaves_nothing(use
     assert user.left() == []
 
 
+def test_a_test_that_is_run_again_begins_anew(user: Site) -> None:
+    (user.pytester.path / "conftest.py").write_text(
+        "from _pytest.runner import runtestprotocol\n"
+        "def pytest_runtest_protocol(item, nextitem):\n"
+        "    for _ in range(2):\n"
+        "        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)\n"
+        "        item._initrequest()\n"
+        "        runtestprotocol(item, nextitem=nextitem, log=True)\n"
+        "    return True\n"
+    )
+    result = user.run("def test_it(vmloop_handlers): vmloop_handlers('mail.py')")
+    assert outcomes(result) == {"passed": 2}
+
+
 def test_a_wait_that_is_over_says_what_came_instead(user: Site) -> None:
     result = user.run(
         """
