@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import vmloop
 from vmloop.testing import plugin
 from vmloop.testing.double import Double
+from vmloop.testing.fake_vm import FakeVm
+from vmloop.testing.handler_bench import HandlerBench
 
 from ..contract.test_recorded_dialogue import QEMU_7_2
 
@@ -56,6 +59,15 @@ def test_every_block_of_python_is_an_example_that_is_run() -> None:
     assert set(EXAMPLES) == {*TESTS, "mail.py", "script.py"}
 
 
+def _public_of_bench() -> set[str]:
+    with HandlerBench() as bench:
+        return {name for name in dir(bench) if not name.startswith("_")} - {"close"}
+
+
+def _has(kind: type, name: str) -> bool:
+    return hasattr(kind, name) or f"self.{name}" in inspect.getsource(kind)
+
+
 def test_every_fixture_and_every_method_is_in_the_tables() -> None:
     # What @pytest.fixture makes of a function: an object of a type of its own since pytest 8.4, before that a mark on it.
     fixtures = {
@@ -65,5 +77,8 @@ def test_every_fixture_and_every_method_is_in_the_tables() -> None:
     }
     assert set(re.findall(r"^\| `(\w+)` \|", DOCS, re.MULTILINE)) == fixtures
     public = {name for name in (*vars(Double), "vm") if not name.startswith("_")} - {"name", "finish", "close"}
+    table = DOCS.partition("| of the bench |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`bench\.(\w+)", table)) == _public_of_bench()
+    assert {name for name in re.findall(r"`bench\.vm\.(\w+)", table) if not _has(FakeVm, name)} == set()
     table = DOCS.partition("| of a simulated VM |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`vm\.(\w+)", table)) == public
