@@ -19,12 +19,13 @@ from ..client.stream import Event
 from ..client.subscription import Events
 from ..client.vm import Vm
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NotRunning
+from ..common.errors import DeadlineExceeded, NoSuchVm, NotRunning, TooLarge
 from ..common.process import ProcessGone, open_pidfd
 from ..worker.qemu.simulated_faults import GarbledKind
 from .handler_files import LANES, SETTLE, SETTLED
 
 DEADLINE: Final = 10.0  # seconds that a test waits for something unless it says otherwise
+MAX_EVENTS: Final = 100_000  # that a double keeps: of a test, not of a flood
 MAX_ROUNDS: Final = 100  # handlers that keep each other at work: events of events of events …
 
 FAILED: Final = "HANDLER_FAILED"
@@ -85,6 +86,8 @@ class Double:
         self.vm = vm
         self._start = Cursor(vm.show().epoch, 0)
         self._events: Events = vm.events(since=self._start)
+        self._seen: list[Event] = []  # all that was read of them
+        self._given = 0  # so many of these were looked at by wait_event
         self._handlers = handlers
         self._settled = itertools.count(1)
         self._expected: set[Cursor] = set()  # of HANDLER_FAILED that a test has asked for
@@ -104,7 +107,8 @@ class Double:
         """
         until = time.monotonic() + timeout
         passed: list[str] = []
-        while (event := self._events.get(max(0.0, until - time.monotonic()))) is not None:
+        while (event := self._following(self._given, until)) is not None:
+            self._given += 1
             if event.event == name and _has(event, data):
                 if name == FAILED:
                     self._expected.add(event.cursor)
@@ -125,11 +129,14 @@ class Double:
         self._expected.add(failure.cursor)
 
     def events(self, name: str | None = None) -> list[Event]:
-        """Every event of this run so far, or those of one name."""
-        with self.vm.events(since=self._start) as stream:
-            cursor = self.vm.cursor()
-            found = list(_up_to(stream, cursor, DEADLINE))
-        return [event for event in found if name in (None, event.event)]
+        """Every event since the VM was started, or those of one name."""
+        cursor, until = self.vm.cursor(), time.monotonic() + DEADLINE
+        while (self._seen[-1].cursor if self._seen else self._start) < cursor:
+            if self._following(len(self._seen), until) is None:
+                raise DeadlineExceeded(
+                    f"VM {self.name}: its events up to {cursor} could not be read within {DEADLINE:g} s"
+                )
+        return [event for event in self._seen if name in (None, event.event)]
 
     def settle(self, timeout: float = DEADLINE) -> None:
         """Wait until the handlers of all events so far have come to their end, and those of the events that they caused.
@@ -139,29 +146,46 @@ class Double:
         if not self._handlers:
             raise NotRunning(f"VM {self.name} has no handlers of the test's: start it with vmloop_handlers(…)")
         until = time.monotonic() + timeout
-        before = -1
+        before = self._count()
         for number in itertools.islice(self._settled, MAX_ROUNDS):
-            with self.vm.events(since=self.vm.cursor()) as stream:
-                self.emit(SETTLE, {"number": number})
-                self._await_lanes(stream, number, until)
-            count = sum(event.event not in (SETTLE, SETTLED) for event in self.events())
+            at = len(self._seen)
+            self.emit(SETTLE, {"number": number})
+            self._await_lanes(at, number, until)
+            count = self._count()
             if count == before:
                 self.check()
                 return
             before = count
         raise DeadlineExceeded(f"VM {self.name}: its handlers do not come to rest: each round has new events")
 
-    def _await_lanes(self, stream: Events, number: int, until: float) -> None:
+    def _await_lanes(self, at: int, number: int, until: float) -> None:
         lanes = set(LANES)
         while lanes:
-            event = stream.get(max(0.0, until - time.monotonic()))
+            event = self._following(at, until)
             if event is None:
                 self.check()
                 raise DeadlineExceeded(
                     f"VM {self.name}: its {' and '.join(sorted(lanes))} handlers do not come to their end in time"
                 )
+            at += 1
             if event.event == SETTLED and event.data.get("number") == number:
                 lanes.discard(event.data["lane"])
+
+    def _count(self) -> int:
+        return sum(event.event not in (SETTLE, SETTLED) for event in self.events())
+
+    def _following(self, at: int, until: float) -> Event | None:
+        """The event at a place of all that were read or are still to be read; None if it does not come by then."""
+        if at < len(self._seen):
+            return self._seen[at]
+        if at >= MAX_EVENTS:
+            raise TooLarge(
+                f"VM {self.name}: over {MAX_EVENTS} events: follow a flood by vm.events of the client", limit=MAX_EVENTS
+            )
+        event = self._events.get(max(0.0, until - time.monotonic()))
+        if event is not None:
+            self._seen.append(event)
+        return event
 
     def check(self) -> None:
         """Raises `HandlerFailed` for the first handler of this run that has failed and was not expected to."""
@@ -248,11 +272,12 @@ class Double:
     def finish(self) -> None:
         """End its faults, let handlers come to their end, raise `HandlerFailed` if one has failed: what the plugin does after a test."""
         __tracebackhide__ = True
-        self.heal()
-        if self._handlers and self.vm.show().state not in _WITHOUT_GUEST:
-            self.settle()
-        else:
-            self.check()
+        with contextlib.suppress(NoSuchVm):  # the test has undefined it
+            self.heal()
+            if self._handlers and self.vm.show().state not in _WITHOUT_GUEST:
+                self.settle()
+            else:
+                self.check()
 
     def close(self) -> None:
         """Let go of the VM, which its broker ends."""
@@ -297,18 +322,6 @@ def start_double(vm: Vm, *, agent: bool, handlers: bool = False) -> Double:
         double.close()
         raise
     return double
-
-
-def _up_to(stream: Events, cursor: Cursor, seconds: float) -> Iterator[Event]:
-    """What a stream has up to an event."""
-    until = time.monotonic() + seconds
-    position = Cursor(cursor.epoch, 0)
-    while position < cursor:
-        event = stream.get(max(0.0, until - time.monotonic()))
-        if event is None:
-            raise DeadlineExceeded(f"the events up to {cursor} could not be read within {seconds:g} s")
-        position = event.cursor
-        yield event
 
 
 def _has(event: Event, data: Mapping[str, Any]) -> bool:

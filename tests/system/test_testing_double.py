@@ -92,6 +92,21 @@ def test_events_are_waited_for_in_their_order_and_by_their_data(simulated_vm: Do
         simulated_vm.wait_event("SITE", timeout=0.3, number=0)
 
 
+def test_a_vm_that_is_started_again_is_the_same_double(simulated_vm: Double) -> None:
+    simulated_vm.switch_off()
+    simulated_vm.vm.wait("shutoff", timeout=10)
+    simulated_vm.vm.start()
+    simulated_vm.emit("SITE")
+    assert simulated_vm.wait_event("SITE").epoch == 2
+    assert {event.epoch for event in simulated_vm.events()} == {1, 2}
+    assert [event.seq for event in simulated_vm.events()][:3] == [1, 2, 3]
+
+
+def test_a_vm_that_the_test_undefines_is_nobodys_failure(simulated_vm: Double, broker: PrivateBroker) -> None:
+    simulated_vm.vm.kill()
+    broker.host.undefine(simulated_vm.name)
+
+
 def test_jobs_are_what_the_test_says(simulated_vm: Double) -> None:
     job = {"id": "j", "type": "backup", "status": "running"}
     simulated_vm.set_jobs([job])
