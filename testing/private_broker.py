@@ -31,7 +31,9 @@ END_SECONDS: Final = 30.0  # to kill its VMs and end; then everything that is le
 LOOK_AT_PROCESS: Final = 0.25  # seconds between two looks whether the broker that is to come up has ended instead
 LINGER_SECONDS: Final = 1.0  # that processes have after the broker's end to end by themselves; then they are told to
 LOG_TAIL_BYTES: Final = 4096  # of the broker's log, in errors
-MAX_ROOT_BYTES: Final = 32  # a VM's sockets lie up to 75 bytes deeper, and a unix socket's path has 107
+MAX_DIRECTORY_BYTES: Final = (
+    32  # of the one that roots are made in: leaves names of VMs 40 letters of a socket path's 107 bytes
+)
 
 _LOOK_AGAIN: Final = 0.01  # seconds between two looks at which processes are left
 
@@ -196,7 +198,7 @@ class PrivateBroker:
 def _short_directory() -> str:
     """Where temporary files go, if that leaves room for a socket's path; else /tmp. Raises `ConfigError` if neither is to be had."""
     usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) <= MAX_ROOT_BYTES:
+    if len(os.fsencode(usual)) <= MAX_DIRECTORY_BYTES:
         return usual
     if not os.access("/tmp", os.W_OK):
         raise ConfigError(

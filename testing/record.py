@@ -111,7 +111,7 @@ class Proxy:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as qemu:
             qemu.setblocking(False)
             try:
-                await self._loop.sock_connect(qemu, os.fspath(self._qmp))
+                qemu.connect(os.fspath(self._qmp))  # a unix socket: at once or not at all, and EAGAIN is not at all
             except OSError as error:
                 raise ConfigError(
                     f"{self._qmp}: {error.strerror}; is QEMU running, with a QMP socket there?"

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +222,17 @@ def test_a_broker_with_settings_of_its_own() -> None:
         assert broker.host.version().pid
         assert len(os.fsencode(broker.paths.client_socket)) < 60
     assert not broker.root.exists()
+
+
+def test_a_long_temporary_directory_leaves_room_for_sockets(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 60)
+    deep.mkdir()
+    script = "from vmloop.testing import PrivateBroker\nwith PrivateBroker() as b: print(b.root.parent, b.host.list())"
+    environment = {**os.environ, "TMPDIR": str(deep)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("/tmp []\n", "")
 
 
 def test_a_broker_that_does_not_come_up_says_why_and_leaves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,19 @@ def test_a_recorder_without_qemu_says_so_when_a_client_comes(tmp_path: Path) -> 
     assert status == 1
     assert "nobody.sock: No such file or directory; is QEMU running, with a QMP socket there?" in errors
     assert not recorder.file.exists()
+
+
+def test_a_qemu_whose_backlog_is_full_is_told_as_that(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(tmp_path / "q.sock"))
+        listener.listen(0)
+        first.connect(str(tmp_path / "q.sock"))
+        recorder = Recorder(tmp_path, tmp_path / "q.sock")
+        with RawClient(recorder.listen) as client:
+            assert client.rest() == b""
+        status, errors = recorder.wait()
+    assert status == 1
+    assert "q.sock: Resource temporarily unavailable" in errors
 
 
 @pytest.mark.parametrize("taken", ["listen.sock", "made.jsonl"])
