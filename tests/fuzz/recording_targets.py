@@ -101,6 +101,7 @@ def dialogues() -> list[bytes]:
         ),
         script((1, secret), (0, b'{"return": "hunter2", "id": "a"}\n')),
         script((1, b'{"execute": "a", "id": {"b": [1]}}{]\xff{"execute": "c"}'), (5, b""), (0, GREETING)),
+        script((1, b"[" * 1018 + b"]" * 600)),
         *(script((1, value), (0, value + b"\n")) for value in HOSTILE_JSON if len(value) < 4000),
         *(script((0, b'{"a":' + value + b"}\n")) for value in HOSTILE_JSON if len(value) < 4000),
     ]
