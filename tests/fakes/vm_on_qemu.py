@@ -18,6 +18,7 @@ from typing import Any, Final
 from vmloop.common.definition import Definition
 from vmloop.common.errors import MonitorLost, VmloopError
 from vmloop.common.states import VmState
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.events import Event
 from vmloop.worker.handlers.power import prepare
 from vmloop.worker.handlers.shipped import TABLE
@@ -25,7 +26,6 @@ from vmloop.worker.qmp.commands import microseconds, qmp_error
 from vmloop.worker.transitions import of_event
 
 from ..conftest import QEMU
-from .handler_context import FakeVm
 
 MACHINE: Final = ("-nodefaults", "-machine", "q35,accel=tcg", "-m", "64", "-display", "none", "-S")
 DEADLINE: Final = 15.0  # seconds for what a test waits for

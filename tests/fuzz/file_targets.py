@@ -22,6 +22,7 @@ from vmloop.common.page import LEDGER_AT, LEDGER_SLOT_WORDS, MAGIC, PAGE_BYTES, 
 from vmloop.common.paths import Paths
 from vmloop.common.process import Identity
 from vmloop.common.settings import Settings
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.agent.ledger import AgentLedger, AgentOwed, Part
 from vmloop.worker.events import Event, EventLog
 from vmloop.worker.handlers import pending, quarantine
@@ -32,7 +33,6 @@ from vmloop.worker.journal.store import EventStore
 from vmloop.worker.qmp.ledger import Ledger, Owed
 from vmloop.worker.runfile import Run, RunEnd, read_run, write_run
 
-from ..fakes.handler_context import FakeVm
 from .values import HOSTILE_JSON
 
 NAME: Final = VmName("web1")

@@ -16,6 +16,7 @@ from . import (
     file_targets,
     import_targets,
     journal_targets,
+    recording_targets,
     wire_targets,
     worker_targets,
 )
@@ -125,6 +126,13 @@ _ROWS: Final = (
         ("worker/handlers/report.py", "worker/handlers/naming.py"),
     ),
     Target("simulated", worker_targets.simulated, worker_targets.simulated_inputs, ("worker/qemu/simulated_json.py",)),
+    Target(
+        "recording",
+        recording_targets.recording,
+        recording_targets.recordings,
+        ("worker/qemu/recording.py", "worker/qemu/simulated_script.py"),
+    ),
+    Target("recorder", recording_targets.recorder, recording_targets.dialogues, ("testing/recording_file.py",)),
 )
 
 TARGETS: Final = {target.name: target for target in _ROWS}
@@ -145,6 +153,7 @@ NO_TARGET: Final = {
     "client/cli/output.py": _REPLACES,
     "client/libvirt/virsh.py": "what virsh prints: UTF-8 or refused; then argv's own (`libvirt-answer`)",
     "client/lane.py": "the number of an event of libzmq's own socket monitor, from the same process",
+    "testing/private_broker.py": _REPLACES,
     "worker/app.py": "a frame from the broker: wire's own `decode` (`frame`), then the operation's arguments (`arguments`)",
     "worker/handlers/view.py": "unpacks what it has just packed itself, to give each handler a copy",
     "worker/qemu/launch.py": _REPLACES,

@@ -359,6 +359,7 @@ def simulated_inputs() -> list[bytes]:
         b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}\n{"exec-oob": "x", "id": 1}',
         b"{'execute': 'guest-sync-delimited', 'arguments': {'id': 5}}\n",
         b'\xff{"execute": "a"}{"execute": "b"}[1, 2.5e3, null, true]',
+        b"[" * 505 + b"]" * 505,  # more than Python can parse recursively
         b'{"a": tru}{"a" 1}{,}]}{"a": "\\u12"}',
         *(value for value in HOSTILE_JSON if len(value) < 4000),
     ]

@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "worker": {"common"},
     "client": {"common"},
     "deploy": {"common", "client"},
+    # Doubles of what workers run and clients see: fixtures are clients, and handlers are tried on the worker's own dispatcher.
+    "testing": {"common", "client", "worker"},
 }
 
 # (file, what it imports beyond that): reason

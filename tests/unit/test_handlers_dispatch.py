@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from vmloop.common.definition import Definition, HandlersSection
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.events import Event
 from vmloop.worker.handlers import AsyncVm, SyncVm
 from vmloop.worker.handlers.dispatch import Dispatcher
@@ -20,8 +21,6 @@ from vmloop.worker.handlers.lane import MAX_STUCK
 from vmloop.worker.handlers.registry import Handler
 from vmloop.worker.handlers.report import MAX_TRACE_BYTES
 from vmloop.worker.handlers.thread import INTERRUPT_GRACE, THREAD_NICE
-
-from ..fakes.handler_context import FakeVm
 
 DEADLINE = 10.0
 LIMIT = 0.1  # seconds, of a handler that is to go over it

@@ -11,13 +11,13 @@ from typing import Any
 
 import vmloop
 from vmloop.common.errors import AgentError
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.events import Event
 from vmloop.worker.handlers import AsyncVm, SyncVm
 from vmloop.worker.handlers.dispatch import Dispatcher
 from vmloop.worker.handlers.naming import TaskNames
 from vmloop.worker.handlers.registry import Handler, load_directory
 
-from ..fakes.handler_context import FakeVm
 from .test_handlers_dispatch import DEADLINE, RecordingPage, run
 
 ROOT = Path(vmloop.__file__).parent

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from vmloop.common.definition import Definition, HandlersSection
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.handlers.dispatch import Dispatcher
 from vmloop.worker.handlers.hooks import KEPT_OUTPUT, LOOK_AGAIN, MAX_HOOKS, HookDirectory
 
-from ..fakes.handler_context import FakeVm
 from .test_handlers_dispatch import DEADLINE, RecordingPage, run
 
 LIMIT = 0.3  # seconds, of a hook that is to go over it

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.events import Event
 from vmloop.worker.handlers.naming import call_task, label, loading_task, parse_task
 from vmloop.worker.handlers.quarantine import FILE_NAME, Quarantine
-
-from ..fakes.handler_context import FakeVm
 
 TASK = "handler mail.on_error on BLOCK_IO_ERROR 17"
 PAGE_BYTES = 63  # of a task, what the page keeps

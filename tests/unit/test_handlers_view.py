@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from vmloop.common.errors import BadRequest, Busy, DeadlineExceeded, Denied, NotRunning, QmpError, TooLarge
 from vmloop.common.states import AgentState, VmState
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.handlers import AsyncVm, SyncVm
 from vmloop.worker.handlers.event_names import require_free_name
 from vmloop.worker.handlers.report import TokenBucket
 
-from ..fakes.handler_context import FakeVm
 from .test_handlers_dispatch import run
 
 

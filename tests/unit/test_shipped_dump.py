@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from vmloop.common.errors import BadRequest, DeadlineExceeded, Denied, MonitorLost, QmpError
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.handlers.dump import KEEP, dump_guest, dumps, keep_dump
-
-from ..fakes.handler_context import FakeVm
 
 MEMORY = {"base-memory": 1 << 20, "plugged-memory": 0}
 

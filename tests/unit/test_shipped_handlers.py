@@ -13,6 +13,7 @@ import pytest
 from vmloop.common.definition import Definition, HandlersSection, QemuSection
 from vmloop.common.errors import Denied, MonitorLost, QmpError
 from vmloop.common.states import VmState
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.events import Event
 from vmloop.worker.handlers.network import gid_address
 from vmloop.worker.handlers.power import (
@@ -25,8 +26,6 @@ from vmloop.worker.handlers.power import (
     wanted_actions,
 )
 from vmloop.worker.handlers.shipped import TABLE, shipped_handlers
-
-from ..fakes.handler_context import FakeVm
 
 RESET_NEEDED = QmpError("cont", **{"class": "GenericError", "desc": "Resetting the Virtual Machine is required"})
 

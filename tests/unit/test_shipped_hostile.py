@@ -18,10 +18,9 @@ from vmloop.common.definition import Definition, HandlersSection
 from vmloop.common.errors import MonitorLost, QmpError, VmloopError
 from vmloop.common.pack import pack
 from vmloop.common.states import VmState
+from vmloop.testing.fake_vm import FakeVm
 from vmloop.worker.handlers import fields, power
 from vmloop.worker.handlers.shipped import TABLE, Shipped
-
-from ..fakes.handler_context import FakeVm
 
 PATIENCE = 1.0  # seconds
 

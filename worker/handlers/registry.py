@@ -192,14 +192,16 @@ def _load_file(file: Path) -> list[Handler] | LoadFailure:
 def _marked(module: ModuleType, file: Path) -> Iterator[Handler]:
     seen: set[int] = set()
     for name, value in vars(module).items():
-        mark = getattr(value, _MARK, None) if inspect.isfunction(value) else None
-        if isinstance(mark, _Mark) and id(value) not in seen:
+        handler = handler_of(value, f"{file.stem}.{name}", str(file))
+        if handler is not None and id(value) not in seen:
             seen.add(id(value))
-            yield Handler(
-                name=f"{file.stem}.{name}",
-                events=mark.events,
-                function=value,
-                is_async=inspect.iscoroutinefunction(value),
-                limit=mark.limit,
-                source=str(file),
-            )
+            yield handler
+
+
+def handler_of(value: object, name: str, source: str) -> Handler | None:
+    """The handler that `@on` has made of a function; None if it has not."""
+    mark = getattr(value, _MARK, None)
+    if not inspect.isfunction(value) or not isinstance(mark, _Mark):
+        return None
+    is_async = inspect.iscoroutinefunction(value)
+    return Handler(name=name, events=mark.events, function=value, is_async=is_async, limit=mark.limit, source=source)

@@ -12,6 +12,7 @@ simulated_port and simulated_json (sockets and JSON as QEMU treats them).
     -device virtserialport,chardev=ID,name=org.qemu.guest_agent.0[,id=PORT]       the agent on it
     -name NAME   -uuid UUID   -m MEGABYTES   -no-shutdown   -no-reboot   -action KEY=VALUE,…   -watchdog-action ACTION
     -simulate key=value,…                   faults (class Faults)
+    -replay FILE[,pace=P]                   the monitor says what was recorded (simulated_replay); P: 1 as slowly as it was, 0 at once
     -emitted FILE                           what the VM did (simulated_emitted); with --directory: --emitted DIR, for DIR/NAME.jsonl
     -fail MESSAGE                           print it and exit with status 1, as a QEMU that cannot start
     anything else                           accepted and ignored
@@ -31,16 +32,20 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
 from ...common.definition import AGENT_ID, MONITOR_ID
+from ...common.errors import ConfigError
+from .recording import Recording, read_recording
 from .simulated_agent import AgentPort
 from .simulated_dump import Dump
 from .simulated_emitted import Emitted
 from .simulated_faults import Faults, faults_from_text
 from .simulated_monitor import MonitorPort
+from .simulated_replay import AT_ONCE, ReplayPort
+from .simulated_script import Script
 from .simulated_table import Chardev, Jobs
 from .simulated_vm import MIB, NO_UUID, Actions, SimulatedVm
 
@@ -49,6 +54,7 @@ __all__ = ["Faults", "SimulatedHost", "SimulatedVm", "listening", "main", "serve
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 DIRECTORY_PORT_ID: Final = "channel0"  # the agent port's id of VMs in a directory
 BACKLOG: Final = 8  # clients that wait for their turn
+Pace = Annotated[float, msgspec.Meta(ge=0, le=1000)]
 PROGRAM: Final = "qemu-system-x86_64"  # the name that QEMU puts before its messages
 
 
@@ -84,6 +90,14 @@ def serve(
         vm.agent_port_id = agent_port_id
         vm.attach(agent_port)
     vm.start()
+
+
+def serve_replay(vm: SimulatedVm, monitor: socket.socket, recording: Recording, pace: float = AT_ONCE) -> ReplayPort:
+    """Put a recording behind a listening socket. The VM is only the frame of it: its end, by a signal or the recording's, is the port's."""
+    port = ReplayPort(monitor, vm, recording, pace)
+    vm.attach(port)
+    vm.start()
+    return port
 
 
 def listening(path: Path) -> socket.socket:
@@ -221,6 +235,8 @@ class Machine(msgspec.Struct):
     agent: str | None = None  # chardev id
     agent_port_id: str = ""
     emitted: str = ""  # path
+    replay: str = ""  # path of a recording
+    replay_pace: float = AT_ONCE
 
 
 def machine_from_arguments(arguments: Sequence[str]) -> Machine:
@@ -308,6 +324,15 @@ def _emitted(machine: Machine, text: str) -> None:
     machine.emitted = text
 
 
+def _replay(machine: Machine, text: str) -> None:
+    values = _values(text, "file")
+    machine.replay = values.get("file", "")
+    try:
+        machine.replay_pace = msgspec.convert(values.get("pace", AT_ONCE), Pace, strict=False)
+    except msgspec.ValidationError as error:
+        raise LaunchError(f"-replay {text}: pace: {error}") from None
+
+
 def _fail(_machine: Machine, text: str) -> None:
     raise LaunchError(text)
 
@@ -324,6 +349,7 @@ _OPTIONS: Final[dict[str, Callable[[Machine, str], None]]] = {
     "-watchdog-action": _watchdog_action,
     "-simulate": _simulate,
     "-emitted": _emitted,
+    "-replay": _replay,
     "-fail": _fail,
 }
 
@@ -353,6 +379,7 @@ def _texts_of_json(text: str) -> dict[str, str]:
 
 
 async def _run_one(machine: Machine) -> int:
+    recording = _recording(machine)
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
     vm = SimulatedVm(
@@ -373,8 +400,25 @@ async def _run_one(machine: Machine) -> int:
         emitted = Emitted(Path(machine.emitted), machine.name) if machine.emitted else None
     except OSError as error:
         raise LaunchError(f"-emitted {machine.emitted}: {error}") from None
-    serve(vm, monitors, agent, machine.agent_port_id, emitted)
+    if recording is not None:
+        [listener] = monitors.values()
+        serve_replay(vm, listener, recording, machine.replay_pace)
+    else:
+        serve(vm, monitors, agent, machine.agent_port_id, emitted)
     return await ended
+
+
+def _recording(machine: Machine) -> Recording | None:
+    if not machine.replay:
+        return None
+    if len(machine.monitors) != 1:
+        raise LaunchError(f"-replay is for one monitor, this VM has {len(machine.monitors)}")
+    try:
+        recording = read_recording(Path(machine.replay))
+        Script(recording)
+    except ConfigError as error:
+        raise LaunchError(str(error)) from None
+    return recording
 
 
 def _terminate(vm: SimulatedVm, number: int) -> None:

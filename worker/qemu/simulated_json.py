@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-# QEMU allows 1024 levels; half of that keeps clear of Python's own limit for recursion, which encoding runs into as well.
-MAX_NESTING: Final = 512
+# QEMU allows 1024 levels; a quarter of that keeps clear of Python's own limit for recursion: reading takes two frames a level.
+MAX_NESTING: Final = 256
 
 # An object that is bigger than this so far is not looked at again before the end of its line, or a chunk that ends like an object, has
 # come: reading a long string anew with each chunk takes a time that grows with the square of its length.
@@ -226,7 +226,7 @@ def _parse(tokens: list[tuple[str, bytes]]) -> Input:
 
 
 def _value(tokens: list[tuple[str, bytes]], at: int) -> tuple[Any, int]:
-    """The value that starts at a token, and the position after it. One Python frame per level of nesting."""
+    """The value that starts at a token, and the position after it. Two Python frames per level of nesting."""
     kind, text = _token(tokens, at)
     at += 1
     if kind == "string":

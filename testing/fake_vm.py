@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vmloop.common.definition import Definition
-from vmloop.common.errors import AgentAbsent, DeadlineExceeded, NotRunning, QmpError
-from vmloop.common.names import VmName
-from vmloop.common.pack import pack
-from vmloop.common.paths import VmPaths
-from vmloop.common.states import VM_MOVES, AgentState, StateHolder, VmState
-from vmloop.worker.events import Event, Origin
+from ..common.definition import Definition
+from ..common.errors import AgentAbsent, DeadlineExceeded, NotRunning, QmpError
+from ..common.names import VmName
+from ..common.pack import pack
+from ..common.paths import VmPaths
+from ..common.states import VM_MOVES, AgentState, StateHolder, VmState
+from ..worker.events import Event, Origin
 
 FAKE_PID = 4194301  # near the kernel's highest, so no process of this machine is meant by accident
 
