@@ -44,6 +44,7 @@ FAMILY: Final = {
     "events": "event_stream",
     "qmp": "monitor",
     "hmp": "monitor",
+    "probe": "probe",
     "agent": "agent",
     "cp": "cp",
     "simulate": "simulation",

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from . import broker_targets, client_targets, file_targets, journal_targets, wire_targets, worker_targets
+from . import (
+    broker_targets,
+    client_targets,
+    file_targets,
+    journal_targets,
+    probe_targets,
+    wire_targets,
+    worker_targets,
+)
 
 
 class Target(NamedTuple):
@@ -58,6 +66,25 @@ _ROWS: Final = (
         ),
     ),
     Target("answers-file", journal_targets.answers, journal_targets.answer_files, ("worker/answers.py",)),
+    Target("probe-dialogue", probe_targets.dialogue, probe_targets.dialogues, ("worker/probe/conversation.py",)),
+    Target(
+        "probe-answers",
+        probe_targets.answers,
+        probe_targets.answer_maps,
+        (
+            "worker/probe/schema.py",
+            "worker/probe/document.py",
+            "worker/probe/questions.py",
+            "worker/probe/arguments.py",
+            "client/command_check.py",
+        ),
+    ),
+    Target(
+        "capabilities",
+        probe_targets.kept,
+        probe_targets.kept_files,
+        ("common/capabilities.py", "worker/probe/cache.py"),
+    ),
     Target("doors", broker_targets.doors, broker_targets.messages, ("broker/core.py", "broker/host.py")),
     Target("answers", client_targets.answers, client_targets.answer_scripts, ("client/calls.py",)),
     Target("stream", client_targets.stream, client_targets.stream_scripts, ("client/stream.py",)),
@@ -103,6 +130,7 @@ _REPLACES: Final = "makes text of bytes with an error handler that takes all of 
 NO_TARGET: Final = {
     "broker/__main__.py": _REPLACES,
     "broker/autostart.py": "a worker's answer to the broker's own request: pack's `unpack` (`body`), of which a text is taken",
+    "broker/probes.py": "a prober's greeting: pack's `unpack_map` (`body`), of which two whole numbers are taken",
     "broker/zygote_process.py": "the kernel's answer to SO_PEERCRED",
     "broker/zygote.py": "the spec in a Fork, which only a broker of the same user sends: refused as its packet is (`zygote-packet`)",
     "client/cli/agent.py": _REPLACES,
@@ -113,6 +141,9 @@ NO_TARGET: Final = {
     "client/lane.py": "the number of an event of libzmq's own socket monitor, from the same process",
     "worker/app.py": "a frame from the broker: wire's own `decode` (`frame`), then the operation's arguments (`arguments`)",
     "worker/handlers/view.py": "unpacks what it has just packed itself, to give each handler a copy",
+    "worker/probe/prober.py": "a frame from the broker: wire's own `decode` (`frame`), then a map that the broker has checked",
+    "worker/probe/throwaway.py": _REPLACES,
+    "worker/probe/validity.py": _REPLACES,
     "worker/qemu/launch.py": _REPLACES,
     "worker/qemu/process.py": "the kernel's answer to SO_PEERCRED",
     "worker/qemu/simulated.py": _STAND_IN,
