@@ -87,7 +87,7 @@ def qmp(invocation: Invocation, name: str, command: str, arguments: tuple[str, .
 
 
 def _check(host: Host, name: str, command: str, arguments: dict[str, Any], oob: bool) -> None:
-    """Raises `UsageError` for what is surely wrong. A command of an unknown name is QEMU's to refuse: it may be of a later one."""
+    """Raises `UsageError` for arguments that are surely wrong. All else is QEMU's to refuse, with a hint of ours before."""
     from ..command_check import near, unfit_for_oob, wrong_arguments
 
     try:
@@ -95,12 +95,13 @@ def _check(host: Host, name: str, command: str, arguments: dict[str, Any], oob: 
     except VmloopError:
         return  # the command itself tells what is wrong with the VM
     wrong = wrong_arguments(found, command, arguments)
-    if oob and unfit_for_oob(found, command):
-        wrong.append(f"it cannot be executed out of band; these can: {', '.join(found.oob) or 'none'}")
     if wrong:
         raise click.UsageError(printable(f"{command}: {'; '.join(wrong)} (--no-check sends it all the same)"))
     if found.commands and command not in found.commands and (hint := near(command, found.commands)):
         click.echo(printable(f"vmloop: {command} is no command of this QEMU{hint}"), err=True)
+    if oob and unfit_for_oob(found, command):
+        those = ", ".join(found.oob) or "none"
+        click.echo(printable(f"vmloop: {command} cannot be executed out of band; these can: {those}"), err=True)
 
 
 def _for_completion(ctx: click.Context, command: str | None) -> Capabilities | None:

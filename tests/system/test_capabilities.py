@@ -251,3 +251,4 @@ def test_a_wrong_argument_is_told_before_anything_is_sent(
     code, text = qmp("query-statu")
     assert (code, "did you mean query-status" in text, "CommandNotFound" in text) == (1, True, True)
     assert qmp("query-status") == (0, "")
+    assert qmp("x-simulate", "mark=hello") == (0, "")  # its schema does not say what it takes

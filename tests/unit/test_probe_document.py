@@ -111,6 +111,14 @@ def test_the_document_survives_json_and_the_wire() -> None:
     assert from_plain(unpack(pack(to_plain(WHOLE)))) == WHOLE
 
 
+@pytest.mark.parametrize("type_", [None, "any", "2", "gone"])
+def test_a_command_whose_arguments_are_not_described_is_left_out(type_: str | None) -> None:
+    entry = {"name": "c", "meta-type": "command"} | ({"arg-type": type_} if type_ else {})
+    found = document("", {"query-qmp-schema": Reply([entry, {"name": "any", "meta-type": "any"}, {"name": "2"}])})
+    assert found.commands == ["c"]
+    assert ("c" in found.arguments) is (type_ is None)
+
+
 # -- old, other and strange QEMUs -----------------------------------------------------------------------------------------
 
 

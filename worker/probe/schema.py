@@ -46,9 +46,7 @@ def reduce_schema(value: object) -> Schema:
     features: set[str] = set()
     for entry in entries.values():
         features.update(_features(entry), *map(_features, _entries(entry.get("members"))))
-    arguments = {
-        name: _shape(entries.get(_text(entry.get("arg-type")), {})) or Shape() for name, entry in commands.items()
-    }
+    arguments = {name: shape for name, entry in commands.items() if (shape := _arguments(entry, entries)) is not None}
     return Schema(
         commands=sorted(commands),
         events=sorted(name for name, entry in entries.items() if entry.get("meta-type") == "event"),
@@ -58,6 +56,14 @@ def reduce_schema(value: object) -> Schema:
         types=_types_for(arguments, entries),
         command_features={name: found for name, entry in sorted(commands.items()) if (found := _features(entry))},
     )
+
+
+def _arguments(command: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Shape | None:
+    """What a command takes; None where the schema does not say."""
+    if "arg-type" not in command:
+        return Shape()
+    shape = _shape(entries.get(_text(command["arg-type"]), {}))
+    return shape if shape is not None and shape.kind == "object" else None
 
 
 def _types_for(arguments: dict[str, Shape], entries: dict[str, dict[str, Any]]) -> dict[str, Shape]:
