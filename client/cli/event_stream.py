@@ -58,7 +58,10 @@ def _print(output: Output, event: Event) -> None:
     if output.as_json:
         import msgspec
 
-        output.json_line(msgspec.to_builtins(event))
+        fields = msgspec.to_builtins(event)
+        if event.journalled:
+            del fields["journalled"]  # only said of those that are not
+        output.json_line(fields)
         return
     seconds, micro = divmod(event.time, 1_000_000)
     at = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{micro:06d}"
