@@ -90,11 +90,11 @@ class RunCapabilities:
         self._refuse(known.capabilities, definition)
 
     def _known(self, definition: Definition) -> Capabilities | None:
-        """The document of a definition's binary, if one is there that is true now."""
+        """The names in the document of a definition's binary, if one is there that is true now."""
         if definition.qemu.binary == SIMULATED:
             return None
         try:
-            return self._cache.read(stamp_of(find_binary(definition.qemu.binary)))
+            return self._cache.read_names(stamp_of(find_binary(definition.qemu.binary)))
         except (VmloopError, OSError):
             return None  # the launch says what is wrong with the binary
 

@@ -14,7 +14,7 @@ from vmloop.common.capabilities import Capabilities, Shape, from_plain, part_abo
 from vmloop.common.errors import BadRequest, DeadlineExceeded, MonitorLost
 from vmloop.common.pack import pack, unpack
 from vmloop.worker.probe.arguments import wrong_arguments as wrong_in_definition
-from vmloop.worker.probe.cache import Cached, decode_document, encode_document
+from vmloop.worker.probe.cache import Cached, _decode_names, decode_document, encode_document
 from vmloop.worker.probe.conversation import Conversation
 from vmloop.worker.probe.document import document
 from vmloop.worker.probe.questions import PROBE, PROBE_TCG, Question, Reply, due
@@ -104,10 +104,15 @@ def answer_maps() -> list[bytes]:
 
 def kept(data: bytes) -> None:
     """The content of a file of state/capabilities: `BadRequest`, or a document that is written as it was read."""
-    try:
-        found = decode_document(data)
-    except BadRequest:
-        return
+    for decode in (_decode_names, decode_document):
+        try:
+            found = decode(data)
+        except BadRequest:
+            continue
+        _is_kept(found)
+
+
+def _is_kept(found: Cached) -> None:
     again = decode_document(encode_document(Cached(found.stamp, found.capabilities)))
     assert again == found
 

@@ -17,6 +17,7 @@ import pytest
 
 from vmloop.common.capabilities import Capabilities
 from vmloop.common.errors import BadRequest, DeadlineExceeded, LaunchFailed
+from vmloop.worker.probe.arguments import wrong_arguments
 from vmloop.worker.probe.asking import Asking
 from vmloop.worker.probe.cache import Cache, Cached, decode_document, encode_document
 from vmloop.worker.probe.validity import Stamp, stamp_of
@@ -190,6 +191,20 @@ def test_the_directory_of_modules_beside_a_binary_counts(tmp_path: Path) -> None
     before = stamp_of(str(tmp_path / "bin" / "qemu"))
     (tmp_path / "lib" / "qemu" / "accel-tcg.so").touch()
     assert stamp_of(str(tmp_path / "bin" / "qemu")) != before
+
+
+def test_the_names_alone_are_those_of_the_document(tmp_path: Path, binary: Path) -> None:
+    whole = ask(binary, tmp_path / "c")
+    stamp = stamp_of(str(binary))
+    names = Cache(tmp_path / "c").read_names(stamp)
+    assert names is not None
+    for field in ("binary", "version", "target", "machines", "cpus", "device_types", "accelerators", "device_aliases"):
+        assert getattr(names, field) == getattr(whole, field), field
+    assert whole.tcg is not None
+    assert names.tcg == {"cpus": whole.tcg["cpus"]}
+    everything = ["-machine", "q36", "-device", "virtio-nett", "-cpu", "nosuch", "-accel", "tgc"]
+    assert wrong_arguments(names, everything) == wrong_arguments(whole, everything)
+    assert Cache(tmp_path / "c").read_names(msgspec.structs.replace(stamp, kernel="x")) is None
 
 
 # -- a disk that is no good -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,30 @@ class _File(msgspec.Struct):
     capabilities: dict[str, Any]
 
 
+class _Tcg(msgspec.Struct):
+    cpus: list[str] = []
+
+
+class _Names(msgspec.Struct):
+    """The part of a document that a definition is checked with; what else is there is not even made into objects."""
+
+    format: int
+    binary: str = ""
+    version: tuple[int, int, int] = (0, 0, 0)
+    target: str = ""
+    machines: list[str] = []
+    cpus: list[str] = []
+    device_types: list[str] = []
+    accelerators: list[str] = []
+    device_aliases: dict[str, str] = {}
+    tcg: _Tcg | None = None
+
+
+class _NamesFile(msgspec.Struct):
+    stamp: Stamp | None
+    capabilities: _Names
+
+
 class Cache:
     """The files of one directory. `directory` None: there are none."""
 
@@ -58,6 +82,12 @@ class Cache:
         """The document that was made under these facts; None if there is none."""
         path = self.path_of(stamp.path)
         cached = read_document(path) if path is not None else None
+        return cached.capabilities if cached is not None and cached.stamp == stamp else None
+
+    def read_names(self, stamp: Stamp) -> Capabilities | None:
+        """The same with nothing in it but the names that arguments are checked with: a worker's memory is counted."""
+        path = self.path_of(stamp.path)
+        cached = _read(path, _decode_names) if path is not None else None
         return cached.capabilities if cached is not None and cached.stamp == stamp else None
 
     def write(self, stamp: Stamp, capabilities: Capabilities) -> None:
@@ -115,14 +145,26 @@ def decode_document(content: bytes) -> Cached:
     return Cached(file.stamp, from_plain(file.capabilities))
 
 
+def _decode_names(content: bytes) -> Cached:
+    try:
+        file = msgspec.json.decode(content, type=_NamesFile)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadRequest(str(error)) from error
+    return Cached(file.stamp, from_plain(msgspec.to_builtins(file.capabilities)))
+
+
 def read_document(path: Path) -> Cached | None:
     """A file; None if there is none, or none that makes sense: then it is set aside and named in the log."""
+    return _read(path, decode_document)
+
+
+def _read(path: Path, decode: Callable[[bytes], Cached]) -> Cached | None:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise BadRequest(f"over {MAX_BYTES} bytes")
-        return decode_document(content)
+        return decode(content)
     except FileNotFoundError:
         return None
     except (BadRequest, IsADirectoryError) as error:
