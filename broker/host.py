@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from .. import __version__
+from ..common.definition import DEFAULT_BINARY
 from ..common.errors import AlreadyRunning, BadRequest, Busy, NoSuchVm, NotRunning, VmloopError
 from ..common.majordomo import Dialect
-from ..common.names import VmName, vm_name, vm_service
+from ..common.names import PROBER_SERVICE_PREFIX, VmName, vm_name, vm_service
 from ..common.pack import pack, unpack_map
 from ..common.settings import Settings
 from ..common.states import VmState
-from ..common.wire import Kind, Message, decode, encode
+from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode, forwarded
 from .actions import BootServed, EndZygote, RenewZygote
 from .autostart import Autostart
 from .core import Core
-from .inflight import Entry
+from .inflight import WORKER_GRACE, Entry
+from .probes import Probes
 from .rolling import Rolling
 from .roster import VmEntry
 from .watch import Looker, Watch
 
 PROTOCOL: Final = 1  # of the native wire
+_PROBER_SERVICE: Final = PROBER_SERVICE_PREFIX.encode()
 # Ending all VMs: kill is immediate, a process that hangs in the kernel is not waited for longer.
 SHUTDOWN_SECONDS: Final = 30.0
 
@@ -57,6 +60,11 @@ class RestartArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ShutdownArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vms: Literal["leave", "kill"] = "leave"
+
+
+class CapabilitiesArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    binary: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] = DEFAULT_BINARY
+    refresh: bool = False
 
 
 class WaitArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"state": "for"}):
@@ -101,9 +109,16 @@ class HostCore(Core):
             "undefine": self._undefine,
             "start": self._start,
             "attach": self._attach,
+            "capabilities": self._capabilities,
             "restart-workers": self._restart_workers,
             "shutdown": self._shutdown,
         }
+        self.probes = Probes(
+            self.inflight,
+            settings.broker.worker_hello,
+            act=lambda action: self.actions.append(action),
+            answer_error=self._answer_error,
+        )
         self._rolling = Rolling(
             self.roster,
             self.crew,
@@ -154,12 +169,13 @@ class HostCore(Core):
         self._finish_shutdown_if_over(now)
 
     def next_due(self) -> float | None:
-        dues = (super().next_due(), self._rolling.next_due(), self.autostart.next_due())
+        dues = (super().next_due(), self._rolling.next_due(), self.autostart.next_due(), self.probes.next_due())
         return min((due for due in dues if due is not None), default=None)
 
     def on_tick(self, now: float) -> None:
         super().on_tick(now)
         self._rolling.on_tick(now)
+        self.probes.on_tick(now)
         self.autostart.look(now)
 
     def on_own_answer(self, entry: Entry, failed: bool, frame: bytes, now: float) -> None:
@@ -287,6 +303,29 @@ class HostCore(Core):
         if self.inflight.take(entry.number) is not None:
             self._answer_error(entry, error, now)
 
+    # -- probes -------------------------------------------------------------------------------------------------------------
+
+    def _capabilities(self, ask: Ask) -> None:
+        arguments = _arguments(ask.entry.op, CapabilitiesArguments, ask.frame)
+        self.probes.require_room(arguments.binary)
+        body = pack(msgspec.to_builtins(arguments))
+        frame = encode(msgspec.structs.replace(decode(ask.frame), body=body))
+        self._enter(ask.entry, None, ask.now + ask.seconds + WORKER_GRACE)
+        self._hold(ask.entry, forwarded(frame, ask.entry.number, ask.seconds))
+        self.probes.ask(ask.entry, arguments.binary, ask.now)
+
+    def _on_status(self, identity: bytes, frame: bytes, now: float) -> None:
+        """A worker's, or a prober's, which has no VM and says nothing but HELLO."""
+        if not frame.startswith(_PROBER_SERVICE, HEADER_BYTES):
+            return super()._on_status(identity, frame, now)
+        try:
+            message = decode(frame)
+        except BadFrame as error:
+            return self._drop(f"a prober's {frame[4]}: {error}")
+        if message.kind is not Kind.HELLO or not message.service.startswith(PROBER_SERVICE_PREFIX):
+            return self._drop(f"a prober sent a {message.kind.name}")
+        return self.probes.on_hello(identity, message.service.removeprefix(PROBER_SERVICE_PREFIX), message.body)
+
     # -- end ----------------------------------------------------------------------------------------------------------------
 
     def _shutdown(self, ask: Ask) -> None:
@@ -294,6 +333,7 @@ class HostCore(Core):
         victims = [vm for vm in self.roster if vm.alive] if how == "kill" else []
         if how == "kill":
             self.actions.append(EndZygote())
+            self.probes.dismiss()
             self.crew.dismiss_idle()
             self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
         self._rolling.stop(Busy("the host is being shut down; not all workers were restarted"), ask.now)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import zmq
 
-from ..common.names import VmName
+from ..common.names import VmName, is_prober
 from ..common.process import STACK_SIGNAL
 from ..common.sockets import POLLIN, RECEIVE, SEND, SEND_MORE, edge_fd, readable
 from .actions import (
@@ -153,12 +153,15 @@ class Loop:
         self._core.drain(now)
 
     def on_forked(self, name: VmName, pid: int) -> None:
-        self._core.crew.on_forked(name, pid)
+        (self._core.probes if is_prober(name) else self._core.crew).on_forked(name, pid)
 
     def on_not_forked(self, name: VmName, error: str) -> None:
-        self._core.crew.on_not_forked(name, error, time.monotonic())
+        (self._core.probes if is_prober(name) else self._core.crew).on_not_forked(name, error, time.monotonic())
 
     def on_exit(self, name: VmName, pid: int) -> None:
+        if is_prober(name):
+            self._core.probes.on_exit(name, pid, time.monotonic())
+            return
         went = self._looker.went(name)
         self._looker.forget(name)
         self._core.crew.on_exit(name, pid, time.monotonic(), went)

@@ -8,7 +8,7 @@
 Reading order: requests (every operation, typed), calls (what is in flight, no sockets), lane (one socket of the blocking client),
 session and vm (what users call), steps (conversations of several requests, no sockets) with guest_exec, guest_files, guest_freeze and
 guest_answers, stream (the order of events, no sockets) and subscription, aio, aio_vm and aio_events (the same names for asyncio), results,
-endpoint.
+endpoint; command_check (QMP arguments before they are sent, for the command line).
 """
 
 from typing import TYPE_CHECKING

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 import zmq
 
+from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import BadRequest, OutcomeUnknown
 from ..common.names import vm_name
@@ -163,6 +164,13 @@ class Host:
     ) -> VmStarted:
         """Adopt a running QEMU by the path of its QMP socket."""
         return await self.ask(requests.attach(name, qmp, agent, pid))
+
+    async def capabilities(self, binary: str | Path | None = None, *, refresh: bool = False) -> Capabilities:
+        """What a QEMU binary of the host can do (docs/capabilities.md); None: qemu-system-x86_64. `refresh`: probe it anew.
+
+        Raises `LaunchFailed` (there is no such binary, or it is no QEMU) or `DeadlineExceeded` (it hangs).
+        """
+        return await self.ask(requests.capabilities(binary, refresh))
 
     async def shutdown(self, vms: Literal["leave", "kill"] = "leave") -> HostShutdown:
         """End the broker; with "kill" the VMs too, which else run on."""

@@ -12,8 +12,9 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
+from ..common.capabilities import Capabilities, from_plain
 from ..common.cursor import Cursor
-from ..common.errors import Internal
+from ..common.errors import BadRequest, Internal
 from ..common.names import HOST_SERVICE, vm_name
 from .results import (
     BrokerVersion,
@@ -115,6 +116,16 @@ def attach(name: str, qmp: str | Path, agent: str | Path | None, pid: int | None
     return Request(HOST_SERVICE, "attach", arguments, _started)
 
 
+def capabilities(binary: str | Path | None, refresh: bool) -> Request[Capabilities]:
+    """`binary`: a name that the host looks up, or a path; None: the one that a definition has by default."""
+    arguments: dict[str, Any] = {}
+    if binary is not None:
+        arguments["binary"] = _absolute(binary) if "/" in str(binary) else str(binary)
+    if refresh:
+        arguments["refresh"] = True
+    return Request(HOST_SERVICE, "capabilities", arguments or None, _capabilities, reading=True)
+
+
 def shutdown(vms: str) -> Request[HostShutdown]:
     return Request(HOST_SERVICE, "shutdown", {"vms": vms}, lambda value: typed(value, HostShutdown))
 
@@ -177,6 +188,12 @@ def qmp(
     if reading is None:
         reading = command.startswith("query-") or command in READING_COMMANDS
     return Request(service, "qmp", body, plain, timeout, reading)
+
+
+def vm_capabilities(service: str, command: str | None, timeout: float | None) -> Request[Capabilities]:
+    """`command`: only what is needed to check this one."""
+    arguments = {"command": command} if command is not None else None
+    return Request(service, "capabilities", arguments, _capabilities, timeout, reading=True)
 
 
 def hmp(service: str, line: str, timeout: float | None) -> Request[str]:
@@ -258,6 +275,15 @@ def _started(value: Any) -> VmStarted:
 
 def _changed(value: Any) -> VmChanged:
     return typed(value, VmChanged)
+
+
+def _capabilities(value: Any) -> Capabilities:
+    try:
+        return from_plain(value)
+    except BadRequest as error:
+        raise Internal(
+            f"the broker's answer does not fit: {error}; do broker and client have the same version?"
+        ) from error
 
 
 def _time_of(value: Any) -> float:

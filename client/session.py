@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 import zmq
 
+from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import BadRequest, Busy, VmloopError
 from ..common.names import vm_name
@@ -126,6 +127,13 @@ class Host:
     def attach(self, name: str, qmp: str | Path, agent: str | Path | None = None, pid: int | None = None) -> VmStarted:
         """Adopt a running QEMU by the path of its QMP socket."""
         return self.ask(requests.attach(name, qmp, agent, pid))
+
+    def capabilities(self, binary: str | Path | None = None, *, refresh: bool = False) -> Capabilities:
+        """What a QEMU binary of the host can do (docs/capabilities.md); None: qemu-system-x86_64. `refresh`: probe it anew.
+
+        Raises `LaunchFailed` (there is no such binary, or it is no QEMU) or `DeadlineExceeded` (it hangs).
+        """
+        return self.ask(requests.capabilities(binary, refresh))
 
     def shutdown(self, vms: Literal["leave", "kill"] = "leave") -> HostShutdown:
         """End the broker; with "kill" the VMs too, which else run on."""

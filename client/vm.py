@@ -11,6 +11,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import VmloopError
 from ..common.names import VmName, vm_service
@@ -85,6 +86,10 @@ class Vm:
     ) -> Any:
         """A QMP command; what QEMU returned. `wait_frozen`: wait for a frozen QEMU rather than fail at once."""
         return self._ask(requests.qmp(self._service, command, arguments, oob, wait_frozen, timeout, reading))
+
+    def capabilities(self, command: str | None = None, *, timeout: float | None = None) -> Capabilities:
+        """What this VM's QEMU can do, as it was when the run began. `command`: only what is needed to check this one."""
+        return self._ask(requests.vm_capabilities(self._service, command, timeout))
 
     def hmp(self, line: str, timeout: float | None = None) -> str:
         """A line for the human monitor; the text it printed."""

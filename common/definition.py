@@ -31,6 +31,7 @@ from .config import from_mapping, parse_toml
 from .errors import BadRequest, ConfigError
 from .names import vm_name
 
+DEFAULT_BINARY: Final = "qemu-system-x86_64"
 SIMULATED: Final = "simulated"
 
 # Ids of the objects that vmloop adds to QEMU's command line; a user's argument may not use them.
@@ -46,7 +47,7 @@ HandlerName = Annotated[
 class QemuSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[qemu]"""
 
-    binary: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] = "qemu-system-x86_64"
+    binary: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] = DEFAULT_BINARY
     args: Annotated[list[Argument], msgspec.Meta(max_length=4096)] = []
 
 

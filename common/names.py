@@ -15,6 +15,8 @@ VmName = NewType("VmName", str)
 
 HOST_SERVICE: Final = "vmloop"
 VM_SERVICE_PREFIX: Final = "vm/"
+PROBER_SERVICE_PREFIX: Final = "probe/"
+PROBER_PREFIX: Final = "@"  # no VM's name begins so
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
@@ -38,6 +40,11 @@ def vm_of_service(service: str) -> VmName:
     if not service.startswith(VM_SERVICE_PREFIX):
         raise BadRequest(f"unknown service {service!r:.100}: there is 'vmloop' (the host) and 'vm/NAME'")
     return vm_name(service[len(VM_SERVICE_PREFIX) :])
+
+
+def is_prober(name: str) -> bool:
+    """Whether a worker of this name is a prober (worker/probe/prober.py), and no VM's."""
+    return name.startswith(PROBER_PREFIX)
 
 
 def vm_topic(name: VmName, event: str = "") -> bytes:

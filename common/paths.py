@@ -57,6 +57,11 @@ class Paths:
         return self.state / "boot-id"
 
     @property
+    def capabilities(self) -> Path:
+        """What QEMU binaries can do, a file each; made by whoever probes first."""
+        return self.state / "capabilities"
+
+    @property
     def settings_file(self) -> Path:
         return self.etc / "vmloop.toml"
 
@@ -128,6 +133,11 @@ class VmPaths:
     @property
     def journal(self) -> Path:
         return self.state / JOURNAL
+
+    @property
+    def capabilities(self) -> Path:
+        """What the QEMU of the newest run can do, as it was known when that began."""
+        return self.state / "capabilities.json"
 
     @property
     def epoch(self) -> Path:

@@ -66,6 +66,7 @@ class FakeVm:
         self.intents: list[str] = []
         self.agent_ports_gone: list[str] = []
         self.agent_port_looks = 0
+        self.abilities: set[str] = set()  # what `can` says yes to
         self._loop = loop
         self._seq = 0
         self._holder = StateHolder(f"VM {name}", state, VM_MOVES, self._on_move, "booted")
@@ -134,6 +135,9 @@ class FakeVm:
         if ("agent", command) not in self._answers:
             raise AgentAbsent(f"VM {self.name}: no guest agent is connected")
         return await self._answer("agent", command, arguments, seconds)
+
+    async def can(self, name: str, *, seconds: float) -> bool:
+        return name in self.abilities
 
     def emit(self, event: str, data: dict[str, Any]) -> Event:
         return self._add(event, data, "vmloop", 0)

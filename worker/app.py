@@ -94,7 +94,7 @@ class App:
             self._keeper,
             self._status_soon,
         )
-        self.handling = Handling(self.vm, page, paths.etc, self._make_way)
+        self.handling = Handling(self.vm, page, paths.etc, self._make_way, paths.capabilities)
         self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ async def start(
     """
     _refuse_second_run(vm)
     _require_kept_page(vm)
+    known = handling.capabilities.check(definition)
     migrates_in = "-incoming" in definition.qemu.args
     epoch = vm.begin_run("booted")
     run = Run(
@@ -64,6 +65,7 @@ async def start(
     )
     try:
         vm.save(run)
+        handling.capabilities.keep(known)
         handling.begin(definition)
         launched = launch(definition, vm.paths, epoch, stopped=not migrates_in, log_bytes=vm.settings.log_bytes)
     except OSError as error:
@@ -79,7 +81,10 @@ async def start(
         await vm.bring_up(launched.monitor, min(deadline, vm.loop.time() + vm.settings.launch))
         await carry_on(vm, handling, paused=paused, go=go)
     except (VmloopError, OSError) as error:
-        await _abandon_launch(vm, error)
+        failure = await _abandon_launch(vm, error)
+        if known is None and isinstance(failure, LaunchFailed):
+            await handling.capabilities.explain(definition, deadline - vm.loop.time())
+        raise failure from error
 
 
 async def carry_on(vm: Vm, handling: Handling, *, paused: bool, go: Callable[[], Awaitable[Any]]) -> None:
@@ -118,6 +123,7 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
     )
     try:
         vm.save(run)
+        handling.capabilities.keep(None)
         if found.process is not None:
             vm.hold(found.process)
         vm.agent.begin(agent, AgentSection(enabled=agent is not None), None)
@@ -168,7 +174,7 @@ def _refuse_second_run(vm: Vm) -> None:
         )
 
 
-async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
+async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> VmloopError:
     """QEMU did not come up: make sure that it is gone, and say what it printed."""
     if (
         vm.session is None and vm.process is not None
@@ -179,10 +185,8 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
     if process is not None:
         process.kill()
         if not await vm.wait_until(vm.gone.is_set, vm.loop.time() + END_GRACE):
-            raise DeadlineExceeded(
-                f"VM {vm.name}: {error}; its QEMU (pid {process.pid}) does not end either"
-            ) from error
+            return DeadlineExceeded(f"VM {vm.name}: {error}; its QEMU (pid {process.pid}) does not end either")
     tail = log_tail(vm.paths, vm.run.epoch if vm.run is not None else 0)
     why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
     last = tail.splitlines()[-1] if tail else "nothing was printed"
-    raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error
+    return LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail)

@@ -25,7 +25,7 @@ import zmq
 
 from ..common.durable import set_aside
 from ..common.log import log_to_file
-from ..common.names import VmName, vm_name
+from ..common.names import VmName, is_prober, vm_name
 from ..common.page import Page, PageDamaged, Word
 from ..common.paths import Paths, VmPaths
 from ..common.process import identify
@@ -37,6 +37,7 @@ from .handlers.forks import forked, guard_forks
 from .loop import WorkerLoop
 from .memory import limit_memory
 from .predecessor import Predecessor
+from .probe.prober import run_prober
 from .runfile import remove_directory
 from .stack import StackFile
 
@@ -60,6 +61,8 @@ def run_worker(spec: WorkerSpec, kept: dict[str, int], last_exit: int | None = N
 
     `last_exit`: how the worker before this one ended (negative: by that signal), if anybody knows. Returns the exit code. Never raises.
     """
+    if is_prober(spec.name):
+        return _run_prober(spec)
     name = vm_name(spec.name)
     paths = Paths(Path(spec.run), Path(spec.state), Path(spec.etc))
     vm_paths = paths.vm(name)
@@ -83,6 +86,17 @@ def run_worker(spec: WorkerSpec, kept: dict[str, int], last_exit: int | None = N
     except Exception:  # the edge of the process: whatever it is, it is written down
         log.exception("VM %s: the worker failed", name)
         return WorkerExit.FAILED
+
+
+def _run_prober(spec: WorkerSpec) -> int:
+    """Be a prober: a worker that has no VM (probe/prober.py)."""
+    try:
+        _name_process("vml-probe")
+        run_prober(spec.name, Paths(Path(spec.run), Path(spec.state), Path(spec.etc)), spec.settings)
+    except Exception:  # the edge of the process
+        log.exception("the prober failed")
+        return WorkerExit.FAILED
+    return WorkerExit.DONE
 
 
 def _serve(

@@ -31,6 +31,7 @@ from .handlers.quarantine import Quarantine
 from .handlers.registry import Handler, Loaded, LoadFailure, load_directory
 from .handlers.shipped import shipped_handlers
 from .predecessor import Predecessor
+from .run_capabilities import RunCapabilities
 from .vm import Vm
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,14 @@ log = logging.getLogger(__name__)
 class Handling:
     """Implements handlers/context.VmContext for one VM, and drives its dispatcher. All on the loop."""
 
-    def __init__(self, vm: Vm, page: Page, etc: Path, on_replace: Callable[[str], None]) -> None:
-        """`etc`: the host's directory of settings; `on_replace` is told why this worker should make way for another one."""
+    def __init__(
+        self, vm: Vm, page: Page, etc: Path, on_replace: Callable[[str], None], binaries: Path | None = None
+    ) -> None:
+        """`etc`: the host's directory of settings; `binaries`: what is known of QEMU binaries (state/capabilities).
+
+        `on_replace` is told why this worker should make way for another one.
+        """
+        self.capabilities = RunCapabilities(vm, binaries)
         self._vm = vm
         self._page = page
         self._etc = etc
@@ -190,6 +197,9 @@ class Handling:
 
     async def agent(self, command: str, arguments: Mapping[str, Any] | None = None, *, seconds: float) -> Any:
         return await self._vm.agent.execute(command, dict(arguments or {}), seconds=seconds)
+
+    async def can(self, name: str, *, seconds: float) -> bool:
+        return await self.capabilities.has(name, seconds)
 
     def emit(self, event: str, data: dict[str, Any]) -> Event:
         return self._vm.events.emit(event, data)

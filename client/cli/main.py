@@ -45,6 +45,7 @@ FAMILY: Final = {
     "events": "event_stream",
     "qmp": "monitor",
     "hmp": "monitor",
+    "probe": "probe",
     "agent": "agent",
     "cp": "cp",
     "simulate": "simulation",

@@ -25,6 +25,7 @@ from vmloop.common.names import vm_name, vm_service
 from vmloop.tests.bench.beside_libvirt import beside_libvirt
 from vmloop.tests.bench.containment import agent_beside_frozen, contained_real, contained_simulated
 from vmloop.tests.bench.load import BareMonitor, commands_per_second
+from vmloop.tests.bench.probing import probing
 from vmloop.tests.bench.row import Row
 from vmloop.tests.system.site import Site, signal_process, wait_for
 
@@ -202,6 +203,7 @@ ALL: list[Callable[[Site, Host], list[Row]]] = [
     contained_real,
     contained_simulated,
     agent_beside_frozen,
+    probing,
     beside_libvirt,
 ]
 

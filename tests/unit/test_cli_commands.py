@@ -12,10 +12,12 @@ import pytest
 
 from vmloop import __version__
 from vmloop.client.cli.main import FAMILY, main
+from vmloop.common.capabilities import part_about, to_plain
 from vmloop.common.errors import DeadlineExceeded, LaunchFailed, NoSuchVm, QmpError
 from vmloop.common.pack import unpack_map
 
 from ..fakes.native_broker import NativeBroker, event_map, reply
+from ..fakes.recorded_qemu import load
 
 SUMMARY = {
     "name": "web1",
@@ -161,6 +163,53 @@ def test_qmp(run: Run, broker: NativeBroker) -> None:
     assert json.loads(run("qmp", "web1", "query-status").out) == {"command": "query-status"}
     assert broker.seen[-1].reading
     assert run("qmp", "web1", "x", "novalue").code == 2
+
+
+def test_qmp_says_what_is_wrong_before_it_sends_anything(run: Run, broker: NativeBroker) -> None:
+    known = to_plain(part_about(load().document(), "device_del"))
+    broker.answer_with("vm/web1", "capabilities", known)
+    broker.answer("vm/web1", "qmp", lambda request: [reply(request, {})])
+    ran = run("qmp", "web1", "device_del", "idd=x")
+    assert (ran.code, ran.out) == (2, "")
+    assert "device_del: id is missing; idd is unknown; did you mean id? (--no-check sends it all the same)" in ran.err
+    assert [request.op for request in broker.seen] == ["capabilities"]
+    assert unpack_map(broker.seen[0].body) == {"command": "device_del"}
+    assert run("qmp", "web1", "device_del", "id=x").code == 0
+    ran = run("qmp", "web1", "device_del", "id=x", "--oob")  # QEMU's to refuse
+    assert (ran.code, "these can: migrate-pause, migrate-recover, query-yank, yank" in ran.err) == (0, True)
+    assert run("qmp", "web1", "device_del", "idd=x", "--no-check").code == 0
+    assert [request.op for request in broker.seen][-1] == "qmp"
+
+
+def test_qmp_names_commands_near_to_one_that_is_not_there_and_leaves_the_verdict_to_qemu(
+    run: Run, broker: NativeBroker
+) -> None:
+    broker.answer_with("vm/web1", "capabilities", to_plain(part_about(load().document(), "query-statu")))
+    broker.refuse("vm/web1", "qmp", QmpError("not found", **{"class": "CommandNotFound", "desc": "not found"}))
+    ran = run("qmp", "web1", "query-statu")
+    assert ran.code == 1
+    assert "did you mean query-status" in ran.err
+    assert "vmloop: qmp-error: not found" in ran.err
+
+
+def test_qmp_sends_what_cannot_be_checked(run: Run, broker: NativeBroker) -> None:
+    broker.answer("vm/web1", "qmp", lambda request: [reply(request, {"ok": 1})])
+    broker.answer_with("vm/web1", "capabilities", {"format": 99})  # of a later vmloop
+    assert run("qmp", "web1", "device_del", "idd=x", "--json").json == {"ok": 1}
+
+
+def test_probe(run: Run, broker: NativeBroker) -> None:
+    known = load().document()
+    broker.answer_with("vmloop", "capabilities", to_plain(known))
+    assert run("probe", "--json").json == json.loads(json.dumps(to_plain(known)))
+    assert unpack_map(broker.seen[-1].body) == {}
+    shown = run("probe", "./qemu", "--refresh").out
+    assert unpack_map(broker.seen[-1].body) == {"binary": str(Path("qemu").absolute()), "refresh": True}
+    assert "binary: /usr/bin/qemu-system-x86_64\nversion: 7.2.22 (Debian" in shown
+    assert "commands: 216 (out of band: migrate-pause, migrate-recover, query-yank, yank)" in shown
+    broker.refuse("vmloop", "capabilities", LaunchFailed("no QEMU", log="usage"))
+    ran = run("probe", "true")
+    assert (ran.code, ran.err.splitlines()[0]) == (1, "vmloop: launch-failed: no QEMU")
 
 
 def test_hmp(run: Run, broker: NativeBroker) -> None:

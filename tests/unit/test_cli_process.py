@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from vmloop.common.capabilities import part_about, to_plain
 from vmloop.common.errors import VmExists
 from vmloop.common.pack import unpack_map
+from vmloop.common.wire import Message
 
 from ..fakes.native_broker import NativeBroker, event_map, reply
+from ..fakes.recorded_qemu import load
 
 COMMAND = [sys.executable, "-W", "error", "-m", "vmloop.client.cli.main"]
 SOON = 30.0
@@ -99,7 +102,11 @@ def test_a_terminal_shows_every_kind_of_result(broker: NativeBroker) -> None:
     broker.answer_with("vm/web1", "show", {"name": "web1", "state": "running"})
     broker.answer_with("vm/web1", "qmp", {"status": "running"})
     broker.answer_with("vmloop", "start", {"name": "web1", "state": "running", "reason": "booted"})
+    broker.answer_with(
+        "vmloop", "capabilities", {"format": 1, "binary": "/q", "version": [4, 2, 0], "machines": ["x\x1b"]}
+    )
     assert "STOP" in on_terminal(broker, "events")
+    assert "4.2.0" in on_terminal(broker, "probe")
     assert "web1" in on_terminal(broker, "show", "web1")
     assert "status" in on_terminal(broker, "qmp", "web1", "query-status")
     assert "web1: running (booted)" in on_terminal(broker, "start", "web1")
@@ -134,6 +141,28 @@ def test_the_shell_completes_names_by_asking_the_broker(broker: NativeBroker) ->
     assert complete("--connect", broker.endpoint, "start", "we") == "plain,web1\nplain,web2\n"
     assert complete("--connect", "ipc:///nowhere/client.sock", "start", "we").strip() == ""
     assert "plain,start" in complete("st")
+
+
+def test_the_shell_completes_commands_and_arguments_from_the_vms_capabilities(broker: NativeBroker) -> None:
+    known = load().document()
+
+    def part(request: Message) -> list[Message]:
+        return [reply(request, to_plain(part_about(known, unpack_map(request.body)["command"])))]
+
+    broker.answer("vm/web1", "capabilities", part)
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(("vmloop", "--connect", broker.endpoint, "qmp", "web1", *words))
+        asked = environment(_VMLOOP_COMPLETE="bash_complete", COMP_WORDS=line, COMP_CWORD=str(len(words) + 4))
+        ran = subprocess.run(COMMAND, env=asked, capture_output=True, text=True, timeout=SOON, check=False)
+        return [word.removeprefix("plain,") for word in ran.stdout.split()]
+
+    assert complete("query-mig") == ["query-migrate", "query-migrate-capabilities", "query-migrate-parameters"]
+    assert complete("device_add", "d") == ["driver="]
+    assert complete("set-action", "reboot=") == ["reboot=reset", "reboot=shutdown"]
+    assert complete("nosuch", "x") == []
+    broker.answer("vm/web1", "capabilities", lambda request: [])  # nobody answers
+    assert complete("query-mig") == []
 
 
 def test_a_short_command_imports_little(broker: NativeBroker) -> None:

@@ -57,6 +57,9 @@ def test_operations_and_cursors(broker: NativeBroker) -> None:
         async with aio.connect(broker.endpoint) as host:
             assert await host.ping() == 2.0
             vm = host.vm("web1")
+            for service in ("vmloop", "vm/web1"):
+                broker.answer_with(service, "capabilities", {"format": 1, "commands": ["stop"]})
+            assert (await host.capabilities()).commands == (await vm.capabilities("stop")).commands == ["stop"]
             broker.answer_with("vm/web1", "qmp", {"running": True}, epoch=2, seq=3)
             assert await vm.qmp("query-status") == {"running": True}
             assert vm.last_cursor == Cursor(2, 3)

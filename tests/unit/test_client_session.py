@@ -123,6 +123,18 @@ def test_every_operation_sends_what_operations_md_says(broker: NativeBroker, hos
             lambda: host.attach("a", "/q", pid=3),
             False,
         ),
+        ("vmloop", "capabilities", {}, {"format": 1}, host.capabilities, True),
+        ("vmloop", "capabilities", {"binary": "q"}, {"format": 1}, lambda: host.capabilities("q"), True),
+        (
+            "vmloop",
+            "capabilities",
+            {"binary": str(Path("b/q").absolute()), "refresh": True},
+            {"format": 1},
+            lambda: host.capabilities(Path("b/q"), refresh=True),
+            True,
+        ),
+        ("vm/web1", "capabilities", {}, {"format": 1}, vm.capabilities, True),
+        ("vm/web1", "capabilities", {"command": "c"}, {"format": 1}, lambda: vm.capabilities("c"), True),
         ("vmloop", "shutdown", {"vms": "leave"}, {"vms": "leave", "count": 1}, host.shutdown, False),
         ("vm/web1", "show", {}, entry, vm.show, True),
         ("vm/web1", "stop", {"timeout": 60.0, "force": False}, changed, vm.stop, False),
@@ -156,6 +168,9 @@ def test_an_answer_of_the_wrong_shape_is_a_coded_error(broker: NativeBroker, hos
         broker.answer_with("vmloop", "list", value)
         with pytest.raises(Internal):
             host.list()
+    broker.answer_with("vmloop", "capabilities", {"format": 2})
+    with pytest.raises(Internal, match="format"):
+        host.capabilities()
     broker.answer_with("vmloop", "ping", {"clock": 1})
     with pytest.raises(Internal):
         host.ping()

@@ -262,3 +262,20 @@ def test_a_bucket_fills_with_time_and_never_over_its_brim() -> None:
     assert [bucket.take() for _ in range(2)] == [True, False]
     now[0] += 100.0
     assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+def test_both_views_tell_what_qemu_can(tmp_path: Path) -> None:
+    async def scene() -> None:
+        vm = FakeVm(tmp_path)
+        vm.abilities = {"query-yank", "STOP"}
+        assert await async_vm(vm).can("query-yank") is True
+        assert await async_vm(vm).can("nosuch") is False
+        assert await on_thread(vm, lambda view: view.can("STOP")) is True
+        with pytest.raises(BadRequest):
+            await async_vm(vm).can(3)  # type: ignore[arg-type]
+        late = async_vm(vm)
+        vm.next_run()
+        with pytest.raises(NotRunning):
+            await late.can("STOP")
+
+    run(scene)

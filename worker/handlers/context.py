@@ -53,6 +53,9 @@ class VmContext(Protocol):
     async def agent(self, command: str, arguments: Mapping[str, Any] | None = None, *, seconds: float) -> Any:
         """The `return` of a guest agent command. Raises the error tree's members."""
 
+    async def can(self, name: str, *, seconds: float) -> bool:
+        """Whether this run's QEMU has a command, an event or a feature of the schema of this name. Raises the error tree's members."""
+
     def emit(self, event: str, data: dict[str, Any]) -> Event:
         """Add an event of origin `vmloop` to the VM's stream."""
 

@@ -83,6 +83,12 @@ class _Reach:
         seconds = self.left(timeout)
         return await self.present().agent(command, arguments, seconds=seconds)
 
+    async def can(self, name: str, timeout: float | None) -> bool:
+        if not isinstance(name, str):
+            raise BadRequest(f"{name!r:.100} is no name of a command, an event or a feature")
+        seconds = self.left(timeout)
+        return await self.present().can(name, seconds=seconds)
+
     def emit(self, event: str, data: Mapping[str, Any] | None) -> Event:
         self.left(None)
         name = require_free_name(event)
@@ -177,6 +183,14 @@ class AsyncVm:
         """
         return await self._reach.agent(command, arguments, timeout)
 
+    async def can(self, name: str, *, timeout: float | None = None) -> bool:
+        """Whether this run's QEMU has a command, an event or a feature of its schema of this name: `await vm.can("query-yank")`.
+
+        Answered from what was known of the binary when the run began; where nothing was, QEMU is asked, once. `timeout` and errors as
+        for `qmp`.
+        """
+        return await self._reach.can(name, timeout)
+
     def emit(self, event: str, data: Mapping[str, Any] | None = None) -> Event:
         """Add an event of your own to the VM's stream; subscribers and handlers get it as any other.
 
@@ -249,6 +263,10 @@ class SyncVm:
     def agent(self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Any:
         """Give the guest agent a command and wait for its `return`; see `AsyncVm.agent` for `timeout` and what it raises."""
         return self._wait(lambda: self._reach.agent(command, arguments, timeout), timeout)
+
+    def can(self, name: str, *, timeout: float | None = None) -> bool:
+        """Whether this run's QEMU has a command, an event or a feature of this name; see `AsyncVm.can`."""
+        return self._wait(lambda: self._reach.can(name, timeout), timeout)
 
     def emit(self, event: str, data: Mapping[str, Any] | None = None) -> Event:
         """Add an event of your own to the VM's stream; see `AsyncVm.emit`."""

@@ -92,7 +92,7 @@ def _query_schema(monitor: Monitor, _: dict[str, Any]) -> Any:
     ]
     entries: list[dict[str, Any]] = []
     for name, command in COMMANDS.items():
-        arguments = "0"
+        arguments = "any" if command.anything else "0"
         if command.arguments:
             arguments = str(len(types))
             types.append({"name": arguments, "members": _members(command), "meta-type": "object"})

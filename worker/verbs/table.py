@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import agent, definition, lifecycle, monitor
+from . import agent, capabilities, definition, lifecycle, monitor
 from .request import Lane, NoArguments, Verb
 
 _ROWS: Final = (
@@ -22,6 +22,7 @@ _ROWS: Final = (
     Verb("qmp", monitor.QmpArguments, Lane.TURN, direct=monitor.qmp),
     Verb("hmp", monitor.HmpArguments, Lane.TURN, direct=monitor.hmp),
     Verb("agent", agent.AgentArguments, Lane.READ, run=agent.hold, direct=agent.agent),
+    Verb("capabilities", capabilities.CapabilitiesArguments, Lane.READ, run=capabilities.capabilities),
     Verb("events", monitor.EventsArguments, Lane.READ, run=monitor.events),
 )
 
