@@ -144,7 +144,9 @@ def hold(bench: Bench, parts: list[Any], seconds: float) -> tuple[Any, Request, 
         return cancels.clear
 
     requests = SimpleNamespace(on_cancel=on_cancel, begun=lambda _: None)
-    app = SimpleNamespace(loop=bench.loop, name="vm1", vm=SimpleNamespace(agent=bench.agent), requests=requests)
+    app = SimpleNamespace(
+        loop=bench.loop, name="vm1", vm=SimpleNamespace(agent=bench.agent, require_run=lambda: None), requests=requests
+    )
     now = bench.loop.time()
     return app, Request(9, "agent", now + seconds, now, False, b"", parts.append), cancels
 
