@@ -19,20 +19,7 @@ from .. import __version__
 from ..common.names import VmName
 from ..common.paths import Paths
 from ..common.settings import Settings
-from ..common.zygote_wire import (
-    Dropped,
-    Exited,
-    Forked,
-    Hello,
-    Keep,
-    Kept,
-    NotForked,
-    Packet,
-    Quit,
-    Retire,
-    Tell,
-    Told,
-)
+from ..common.zygote_wire import Dropped, Exited, Forked, Hello, Keep, Kept, NotForked, Packet, Quit, Retire, Tell, Told
 from .fd_store import FdStore, Stored
 from .handover import Handover, pass_on
 from .packets import PacketEnd, PacketPoll
@@ -80,9 +67,8 @@ class Spawner:
         self._started: int | None = None  # when it was, as it says
         self._settled = False  # it has said who it is and what it keeps: forks may go to it
         self._due: float | None = None  # when it must have
-        self._forks: dict[
-            VmName, float | None
-        ] = {}  # asked for and not answered → when they must be; None: not sent yet
+        # Asked for and not answered → when they must be; None: not sent yet.
+        self._forks: dict[VmName, float | None] = {}
         self._stored: list[Stored] = []  # what the service manager gave back, for a zygote that does not have it
         self._held: set[tuple[str, str]] = set()  # what the zygote has told that it keeps
         self._handover: Handover | None = None
@@ -187,6 +173,17 @@ class Spawner:
                 self._end_hung("it does not tell what it keeps")
         elif handover is None and any(due is not None and due <= now for due in self._answers_due()):
             self._end_hung("it does not answer")
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether zygotes and workers have all ended, as far as this broker has any."""
+        return self._zygote is None and not self._former and not self.pidfds
+
+    def kill_rest(self) -> None:
+        """End the zygote and the workers that there still are; the VMs run on."""
+        self.pidfds.kill_all()
+        if self._zygote is not None:
+            kill_zygote(self._zygote, self._paths, self._started)
 
     def close(self) -> None:
         """Let go of everything; zygote and workers run on."""
@@ -366,6 +363,8 @@ class Spawner:
                 self._fail_handover(str(error))
             return
         if self._ending and not self._forks:
+            self._former.add(self._child)
+            self._child = None
             return
         try:
             if mute and self._reach_mute():
