@@ -70,6 +70,8 @@ def serve(paths: Paths, boot: str | None = None, owner: Owner | None = None) -> 
         context.term()  # bounded by the sockets' linger
         for path in (paths.client_socket, paths.worker_socket, paths.events_socket):
             path.unlink(missing_ok=True)  # ours: we hold the lock
+        if owner is not None and owner.all_ended:  # else a zygote listens there
+            paths.zygote_socket.unlink(missing_ok=True)
         os.close(lock)
     return 0
 
@@ -117,8 +119,6 @@ def _run(
             core.autostart.begin([found.name for found in catalogue if found.autostart], now)
         log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
         notifier.ready(f"{len(core.roster)} VMs known")
-        if owner is not None:
-            owner.report()
         loop.run()
         notifier.stopping("ended by request; VMs and workers run on")
         log.info("vmloop broker ended")

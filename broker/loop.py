@@ -47,10 +47,10 @@ log = logging.getLogger(__name__)
 BATCH: Final = 64
 # An idle broker wakes this often, against a lost wake-up and a clock that jumped while the machine slept.
 MAX_WAIT: Final = 60.0
-# For the last handlers of the last VMs (5 s), and for those that do not end (2 s); what is left then is killed.
+# Of the workers of a private broker: for the last handlers of the last VMs (5 s), and for those that do not end (2 s).
 FAREWELL_SECONDS: Final = 10.0
-# For what was killed to be gone.
-KILLED_SECONDS: Final = 2.0
+# For a zygote without workers to end, and for what was killed.
+ZYGOTE_SECONDS: Final = 2.0
 
 Socket = zmq.Socket[bytes]
 
@@ -92,6 +92,8 @@ class Loop:
     def run(self) -> None:
         """Until the core is finished, and, where nothing is to be left, everything has ended."""
         self._catch_signals()
+        if self._owner is not None:
+            self._owner.report()  # not before: it may end us by a signal at once
         for source, _ in self._doors:
             self._epoll.register(edge_fd(source), select.EPOLLIN)
         self._perform()
@@ -102,16 +104,17 @@ class Loop:
     def _see_off(self, spawner: Spawner) -> bool:
         """Wait for the end of workers and zygote; end those that do not end by themselves. False if some are still there."""
 
-        def turn_for(seconds: float) -> bool:
+        def turn_for(seconds: float, over: Callable[[], bool]) -> bool:
             deadline = time.monotonic() + seconds
-            self._turn_until(lambda: spawner.nothing_left or time.monotonic() >= deadline, deadline)
-            return spawner.nothing_left
+            self._turn_until(lambda: over() or time.monotonic() >= deadline, deadline)
+            return over()
 
-        if turn_for(FAREWELL_SECONDS):
+        turn_for(FAREWELL_SECONDS, lambda: not spawner.pidfds)
+        if turn_for(ZYGOTE_SECONDS, lambda: spawner.nothing_left):  # it ends with its last worker
             return True
         log.error("workers or the zygote do not end: they are killed")
         spawner.kill_rest()
-        return turn_for(KILLED_SECONDS)
+        return turn_for(ZYGOTE_SECONDS, lambda: spawner.nothing_left)
 
     def _turn_until(self, over: Callable[[], bool], at_most: float | None = None) -> None:
         """`at_most`: when `over` is to be asked again, whatever happens."""

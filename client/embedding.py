@@ -233,7 +233,7 @@ class PrivateBroker:
         self._process.terminate()
         if not self._wait(time.monotonic() + END_MARGIN):
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
 
     def _log_tail(self) -> str:
         try:
@@ -247,7 +247,7 @@ class PrivateBroker:
     def end(self) -> None:
         """Have it end, with what was chosen for the VMs, and wait. One that was killed is started once more to do so.
 
-        Raises `DeadlineExceeded`.
+        Raises `DeadlineExceeded`, `Internal`.
         """
         code = self._end_process()
         root = self._paths.run.parent
@@ -259,6 +259,10 @@ class PrivateBroker:
             code = self._end_process()
         if code == NOT_ENDED:
             raise DeadlineExceeded(f"not all that runs under {root} could be ended: {self._log_tail()}")
+        if code != 0:
+            raise Internal(
+                f"the private broker of {root} was killed, and the one that was to end what it left too ({code})"
+            )
 
     def _end_process(self) -> int:
         assert self._process is not None
