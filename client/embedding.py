@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, get_args
@@ -83,6 +82,11 @@ class EmbeddedHost(Host):
         self.root = paths.run.parent
         self._owner = os.getpid()
         self._broker = broker
+
+    @property
+    def broker_fd(self) -> int | None:
+        """An fd that becomes readable when the private broker ends, for who waits for several things; None: it is not this program's."""
+        return self._broker.fileno() if self._broker is not None else None
 
     def close(self) -> None:
         """End the broker, and the VMs as was chosen; returns when all that is to end has ended.
@@ -164,11 +168,16 @@ class PrivateBroker:
         self._stop_timeout = stop_timeout
         self._temporary = temporary
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
 
     @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    def fileno(self) -> int:
+        """Its pidfd: readable when it has ended."""
+        return self._pidfd
 
     # -- start --------------------------------------------------------------------------------------------------------------
 
@@ -182,6 +191,7 @@ class PrivateBroker:
             report = _above_standard(fds, theirs.detach())
             self._process = self._spawn(owner, report)
             try:
+                self._pidfd = os.pidfd_open(self._process.pid)
                 self._await_report(ours)
             except BaseException:
                 self._abandon()
@@ -206,21 +216,16 @@ class PrivateBroker:
 
     def _await_report(self, report: socket.socket) -> None:
         """Its one packet: it serves, or why not. Its death is waited for beside it, for a child of ours may hold the other end open."""
-        assert self._process is not None
-        pidfd = os.pidfd_open(self._process.pid)
+        poll = select.poll()
+        for end in (report, self):
+            poll.register(end, select.POLLIN)
+        if not poll.poll(START_SECONDS * 1000):
+            raise Internal(f"the private broker does not serve within {START_SECONDS:g} s: {self._log_tail()}")
+        report.setblocking(False)
         try:
-            poll = select.poll()
-            poll.register(report, select.POLLIN)
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(START_SECONDS * 1000):
-                raise Internal(f"the private broker does not serve within {START_SECONDS:g} s: {self._log_tail()}")
-            report.setblocking(False)
-            try:
-                said = report.recv(MAX_REPORT_BYTES)
-            except BlockingIOError:
-                said = b""
-        finally:
-            os.close(pidfd)
+            said = report.recv(MAX_REPORT_BYTES)
+        except BlockingIOError:
+            said = b""
         if not said:
             raise Internal(f"the private broker has ended before it served: {self._log_tail()}")
         error = read_report(said)
@@ -231,9 +236,9 @@ class PrivateBroker:
         """It is of no use: it has ended, or is told to."""
         assert self._process is not None
         self._process.terminate()
-        if not self._wait(time.monotonic() + END_MARGIN):
+        if self._pidfd < 0 or not self._ends_within(END_MARGIN):
             self._process.kill()
-        self._process.wait()
+        self._reap()
 
     def _log_tail(self) -> str:
         try:
@@ -267,20 +272,22 @@ class PrivateBroker:
     def _end_process(self) -> int:
         assert self._process is not None
         self._process.terminate()  # does nothing if it has ended
-        if not self._wait(time.monotonic() + self._stop_timeout + END_MARGIN):
+        if not self._ends_within(self._stop_timeout + END_MARGIN):
             raise DeadlineExceeded(f"the private broker of {self._paths.run.parent} (pid {self.pid}) does not end")
-        return self._process.wait()
+        return self._reap()
 
-    def _wait(self, deadline: float) -> bool:
-        """Whether it ends in time."""
+    def _ends_within(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def _reap(self) -> int:
         assert self._process is not None
-        if self._process.poll() is not None:
-            return True
-        pidfd = os.pidfd_open(self._process.pid)  # it is not reaped yet, so the pid is its own
-        try:
-            return bool(select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0])
-        finally:
-            os.close(pidfd)
+        code = self._process.wait()  # it has ended, or was killed just now
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        return code
 
 
 def _serves(paths: Paths) -> bool:
