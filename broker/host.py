@@ -152,6 +152,8 @@ class HostCore(Core):
         self.autostart.look(now)
         self._ending.forget(self._is_waiting)
         self._ending.look(now)
+        if self.leaves_nothing and self.finished:
+            self.crew.dismiss_idle()  # one that has come up only now, for a last request
 
     def next_due(self) -> float | None:
         dues = (super().next_due(), self._rolling.next_due(), self.autostart.next_due(), self._ending.due)

@@ -109,6 +109,8 @@ class Loop:
             self._turn_until(lambda: over() or time.monotonic() >= deadline, deadline)
             return over()
 
+        self._core.crew.dismiss_idle()
+        self._perform()
         turn_for(FAREWELL_SECONDS, lambda: not spawner.pidfds)
         if turn_for(ZYGOTE_SECONDS, lambda: spawner.nothing_left):  # it ends with its last worker
             return True

@@ -246,6 +246,7 @@ class Foreground:
             if event.event != "VM_STATE":
                 continue
             state, reason = str(event.data.get("new")), str(event.data.get("reason"))
+            self._came_up = self._came_up or state == "running"
             panicked = panicked and state != "running"
             if state == "shutoff" or (state, reason) == ("unknown", "detached"):
                 return End(state, reason, str(event.data.get("detail", "")), panicked)

@@ -70,6 +70,7 @@ class Script:
             [sys.executable, "-c", PREAMBLE + body, str(place)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # a line that has been read ahead is not seen by select
             cwd=place,
             **options,
         )
