@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from ...common.errors import Internal, NotRunning, VmloopError
+from ...common.errors import Internal, MonitorLost, NotRunning, OutcomeUnknown, VmloopError
 from ..embedding import EmbeddedHost
 from ..stream import Event
 from ..subscription import Events
@@ -34,6 +34,9 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE: Final = 3595.0
 # The end is known: threads that wait for answers about it get them within this.
 LAST_ANSWERS: Final = 10.0
+
+# What a request is answered when the VM ends under it; how it ended is told by its events.
+_ABOUT_ITS_END: Final = (NotRunning, MonitorLost, OutcomeUnknown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ class Foreground:
     def _on_resumed(self, error: VmloopError | None) -> None:
         if error is None:
             self._on_running()
-        elif not isinstance(error, NotRunning):
+        elif not isinstance(error, _ABOUT_ITS_END):
             self._failure = error
 
     # -- stop ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ class Foreground:
 
     def _on_stopped(self, error: VmloopError | None) -> None:
         """Its end is told by its events; here is only what goes wrong."""
-        if error is not None and not isinstance(error, NotRunning) and self._end is None:
+        if error is not None and not isinstance(error, _ABOUT_ITS_END) and self._end is None:
             self._asked = self._kills = True
             self._say(f"{error.code}: {error}; Ctrl-C kills it")
 
