@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from ...common.errors import Internal, MonitorLost, NotRunning, OutcomeUnknown, VmloopError
+from ...common.errors import Internal, LaunchFailed, MonitorLost, NotRunning, OutcomeUnknown, VmloopError
 from ..embedding import EmbeddedHost
 from ..stream import Event
 from ..subscription import Events
@@ -171,7 +171,9 @@ class Foreground:
     def _on_started(self, error: VmloopError | None) -> None:
         self._starting = False
         if error is not None:
-            self._failure = error
+            ended = self._came_up and isinstance(error, (*_ABOUT_ITS_END, LaunchFailed))
+            if not ended:  # before its start was answered; its events tell how
+                self._failure = error
             return
         self._came_up = True
         if self._console is not None and self._console_path is not None:
