@@ -195,15 +195,17 @@ class Loop:
 
     def _on_signal(self, number: int, now: float) -> None:
         if self._owner is not None:
-            self._end_as_owned(self._owner, now)
+            # A second one takes the patience out of it, as with a second Ctrl-C at `vmloop run`.
+            self._end_as_owned(self._owner, now, kill=self._owner.all_to_end)
             return
         log.info("%s: answering what is in flight, then ending; VMs and workers run on", signal.Signals(number).name)
         self._core.drain(now)
 
-    def _end_as_owned(self, owner: Owner, now: float) -> None:
-        log.info("ending; what becomes of the VMs: %s", owner.ownership.vms)
-        owner.all_to_end = owner.ownership.vms != "leave"
-        self._core.end(owner.ownership.vms, owner.ownership.stop_timeout, now)
+    def _end_as_owned(self, owner: Owner, now: float, *, kill: bool = False) -> None:
+        vms = "kill" if kill else owner.ownership.vms
+        log.info("ending; what becomes of the VMs: %s", vms)
+        owner.all_to_end = vms != "leave"
+        self._core.end(vms, owner.ownership.stop_timeout, now)
 
     def on_forked(self, name: VmName, pid: int) -> None:
         self._core.crew.on_forked(name, pid)

@@ -246,13 +246,11 @@ class Foreground:
         """Follow the VM to its end; None if the stream was closed before."""
         panicked = False
         for event in events:
+            state = str(event.data.get("new")) if event.event == "VM_STATE" else ""
+            self._came_up = self._came_up or state == "running"  # before anybody is told
             self._on_event(event)
-            panicked = panicked or event.event == "GUEST_PANICKED"
-            if event.event != "VM_STATE":
-                continue
-            state, reason = str(event.data.get("new")), str(event.data.get("reason"))
-            self._came_up = self._came_up or state == "running"
-            panicked = panicked and state != "running"
+            panicked = event.event == "GUEST_PANICKED" or (panicked and state != "running")
+            reason = str(event.data.get("reason"))
             if state == "shutoff" or (state, reason) == ("unknown", "detached"):
                 return End(state, reason, str(event.data.get("detail", "")), panicked)
         return None

@@ -137,7 +137,8 @@ def _run(
 
     output = invocation.output()
     notifier = Notifier(os.environ)  # out of the environment, before anything is started
-    with Doorbell() as bell, embedded(invocation.root, stop_timeout=stop_timeout) as host:
+    # Signals are caught for as long as there is a VM to be told of them: Ctrl-C ends a start or an end that takes too long.
+    with embedded(invocation.root, stop_timeout=stop_timeout) as host, Doorbell() as bell:
         definition = _definition(values, origin, host.root if with_console else None)
         host.define(definition)
         console: Console | None = None

@@ -295,6 +295,17 @@ def test_a_guest_that_does_not_power_down_is_killed_at_its_time(place: Path) -> 
     assert ended(place, "real")["reason"] == "destroyed"
 
 
+@pytest.mark.qemu
+@pytest.mark.usefixtures("require_qemu")
+def test_a_second_sigterm_to_the_broker_kills_what_is_being_stopped(place: Path) -> None:
+    with embedded(place, stop_timeout=600.0) as host:
+        host.define(REAL)
+        host.vm("real").start()
+        os.kill(host.version().pid, signal.SIGTERM)
+        host.vm("real").show()  # by then it has been seen
+    assert ended(place, "real")["reason"] == "destroyed"
+
+
 def test_vms_can_be_killed_at_once(place: Path) -> None:
     with embedded(place, vms="kill") as host:
         host.define(WEB1)
