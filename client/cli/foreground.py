@@ -60,7 +60,9 @@ class Doorbell:
             end.setblocking(False)
 
     def __enter__(self) -> Doorbell:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # What whoever started us ignores (nohup, a shell's background job) stays ignored.
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in heeded}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         return self
 

@@ -143,9 +143,8 @@ def _run(
         host.define(definition)
         console: Console | None = None
         if with_console:
-            console = Console(
-                guest_interrupt=guest_interrupt, on_left=lambda: say("console left; Ctrl-C powers the guest down")
-            )
+            words = f"console left; Ctrl-C powers the guest down, vmloop --root {host.root} is for the rest"
+            console = Console(guest_interrupt=guest_interrupt, on_left=lambda: say(words))
 
         def say(text: str) -> None:
             _say(text, console)
@@ -186,6 +185,9 @@ def _definition(values: dict[str, Any], origin: str, console_root: Path | None) 
     qemu = values.setdefault("qemu", {})
     if isinstance(qemu, dict):
         qemu.setdefault("directory", os.getcwd())  # relative paths mean what they mean in the shell
+        binary = qemu.get("binary")
+        if isinstance(binary, str) and "/" in binary:
+            qemu["binary"] = os.path.abspath(binary)
     definition = definition_from_mapping(values, origin)
     if console_root is None:
         return definition

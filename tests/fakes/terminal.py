@@ -19,7 +19,9 @@ from typing import Any, Final, Self
 SECONDS: Final = 30.0
 # Takes the terminal on its standard input as its own, and becomes the program.
 _LAUNCHER: Final = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # whatever the test's own starter has chosen
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """

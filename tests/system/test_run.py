@@ -50,9 +50,15 @@ def environment(place: Path) -> dict[str, str]:
 
 
 class Run:
-    """`vmloop run` without a terminal. `line` reads what it says on standard error."""
+    """`vmloop run` without a terminal. `see` reads what it says on standard error."""
 
-    def __init__(self, place: Path, *words: str, root: Path | None = None) -> None:
+    def __init__(
+        self, place: Path, *words: str, root: Path | None = None, hang_up: signal.Handlers = signal.SIG_DFL
+    ) -> None:
+        def signals() -> None:  # pytest may have been started as a background job, which ignores SIGINT
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, hang_up)
+
         before = ["--root", str(root)] if root is not None else []
         self.process = subprocess.Popen(
             [*VMLOOP, *before, "run", *words],
@@ -62,6 +68,7 @@ class Run:
             bufsize=0,  # a line that has been read ahead is not seen by select
             cwd=place,
             env=environment(place),
+            preexec_fn=signals,
         )
 
     def see(self, text: str) -> str:
@@ -110,6 +117,19 @@ def test_sigterm_and_sighup_kill_a_guest_that_does_not_listen_at_its_time(place:
     code, _, err = run.end()
     assert code == 12
     assert "in 0.3 s the VM is killed" in err
+
+
+def test_a_hang_up_that_was_to_be_ignored_is(place: Path) -> None:
+    root = place / "kept"
+    run = Run(place, *SIMULATED, "--events", "--", root=root, hang_up=signal.SIG_IGN)
+    run.see('"new": "running"')
+    run.process.send_signal(signal.SIGHUP)
+    with connect(root=root) as host:
+        assert host.vm("vm").show().state == "running"
+    run.process.send_signal(signal.SIGTERM)
+    code, _, err = run.end()
+    assert code == 0
+    assert err.count("asking the guest to power down") == 1
 
 
 def test_a_guest_that_panics_ends_the_run_and_says_so(place: Path) -> None:
