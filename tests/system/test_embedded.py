@@ -316,6 +316,7 @@ def test_vms_can_be_killed_at_once(place: Path) -> None:
 def test_a_vm_that_is_to_start_with_its_host_does_not_start_with_a_program(place: Path) -> None:
     with embedded(place) as host:
         host.define(WEB1 | {"autostart": True})
+    assert not (place / "state/boot-id").exists(), "that is for the host's own broker to write"
     with embedded(place) as host:
         assert host.vm("web1").show().state == "shutoff"
 
