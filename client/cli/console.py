@@ -62,9 +62,9 @@ class Console:
             raise LaunchFailed(f"QEMU has no console at {path}: {error.strerror}", log="") from error
         guest.setblocking(False)
         self._guest = guest
-        self._output = _own_description(sys.stdout.fileno())
-        with contextlib.suppress(ValueError, OSError):  # it has none: then nothing is typed
-            self._input = sys.stdin.fileno()
+        # Python has None for a standard stream that is closed.
+        self._output = _own_description(sys.stdout.fileno()) if sys.stdout is not None else None
+        self._input = sys.stdin.fileno() if sys.stdin is not None else None
         if self._input is not None and os.isatty(self._input):
             self._terminal = self._input, termios.tcgetattr(self._input)
             self._make_raw(*self._terminal)

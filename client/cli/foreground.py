@@ -133,15 +133,18 @@ class Foreground:
             if self._console is not None:
                 at_end.callback(self._console.close)
             self._ask(lambda: self._vm.start(paused=self._console is not None or self._paused), self._on_started)
-            while self._failure is None and (
-                self._end is None or self._starting
-            ):  # a start that fails says why after the end
+            while self._goes_on:
                 self._turn()
             self._on_stopping()
         if self._failure is not None:
             raise self._failure
         assert self._end is not None
         return self._end
+
+    @property
+    def _goes_on(self) -> bool:
+        """A start that fails says why after the end has been told."""
+        return self._failure is None and (self._end is None or self._starting)
 
     # -- one turn -----------------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Foreground:
             self._bell.news.popleft()()
         while self._bell.signals:
             self._on_signal(self._bell.signals.popleft())
-        if self._host.broker_fd in ready and self._end is None and self._failure is None:
+        if self._host.broker_fd in ready and self._goes_on:
             self._failure = Internal(f"VM {self._vm.name}: its broker has ended under it; it is being stopped")
         if self._console is not None:
             self._console.turn(ready)

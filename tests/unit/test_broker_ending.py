@@ -46,6 +46,7 @@ def test_guests_are_asked_to_power_down_with_their_time_and_then_all_ends() -> N
     assert desk.take(EndZygote) == [EndZygote()]
     finish(desk)
     assert desk.core.leaves_nothing
+    assert desk.core.next_due() is None, "a broker that sees its workers off is not kept busy by what is over"
 
 
 def test_one_that_cannot_be_asked_or_refuses_is_killed() -> None:
