@@ -18,7 +18,6 @@ from typing import Final
 
 import zmq
 
-from ..common.durable import write_whole
 from ..common.errors import Denied, Internal, VmloopError
 from ..common.log import log_to_file, log_to_stderr
 from ..common.ownership import ownership_from_argument
@@ -142,7 +141,7 @@ def _is_boot(path: Path, boot: str) -> bool:
 
 def _note_boot(path: Path, boot: str) -> None:
     try:
-        write_whole(path, boot.encode())
+        path.write_bytes(boot.encode())  # no fsync, for which the loop would wait: after a power cut it is another boot
     except OSError as error:
         log.error("%s cannot be written (%s): the next broker starts VMs with autostart again", path, error)
 

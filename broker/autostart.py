@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from ..common.errors import VmloopError
+from ..common.errors import AlreadyRunning, VmloopError
 from ..common.names import VmName
 from ..common.pack import unpack
 from .inflight import Entry
@@ -85,8 +85,9 @@ class Autostart:
         if name is None:
             return
         vm = self._roster.get(name)
-        if vm is not None and failed:
-            self._failed(vm, _message(unpack(body)))
+        value = unpack(body) if failed else None
+        if vm is not None and failed and not _runs_already(value):
+            self._failed(vm, _message(value))
         elif vm is not None:
             log.info("VM %s has been started with the host", name)
         self.look(now)
@@ -102,6 +103,11 @@ class Autostart:
     def _failed(self, vm: VmEntry, why: str) -> None:
         log.error("VM %s could not be started with the host: %s; start it when this is mended", vm.name, why)
         self._on_failed(vm, why)
+
+
+def _runs_already(value: Any) -> bool:
+    """A broker before this one had it started, and was killed before it heard of it."""
+    return isinstance(value, dict) and value.get("code") == AlreadyRunning.code
 
 
 def _message(value: Any) -> str:

@@ -15,13 +15,10 @@ from typing import Any, Final
 from ..common.errors import (
     BadRequest,
     Busy,
-    DeadlineExceeded,
     NoSuchVm,
     NotRunning,
-    OutcomeUnknown,
     TooLarge,
     VmloopError,
-    WorkerLost,
 )
 from ..common.majordomo import (
     BadMajordomo,
@@ -36,6 +33,7 @@ from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack_map
 from ..common.settings import Settings
 from ..common.wire import (
     FLAG_READING,
+    FLAG_REPEATED,
     HEADER,
     HEADER_BYTES,
     MAGIC,
@@ -47,11 +45,12 @@ from ..common.wire import (
     forwarded,
     with_id,
 )
-from .actions import Action, Publish, ToClient, ToWorker
+from .actions import Action, Publish, ToClient
 from .crew import Crew, is_pid
 from .inflight import WORKER_GRACE, Entry, InFlight
 from .replies import majordomo_reply, own_reply
 from .roster import Roster, VmEntry, WorkerState
+from .unanswered import cut_off, overdue, undelivered
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +105,7 @@ class Core:
             return self._drop("a native frame shorter than its header")
         _, kind, flags, service_len, op_len, client_id, seconds, _, key_len, _ = HEADER.unpack_from(frame)
         entry = Entry(0, identity, client_id, None, None, "", bool(flags & FLAG_READING), now)
+        entry.again = bool(flags & FLAG_REPEATED and key_len)
         try:
             if len(frame) > MAX_MESSAGE_BYTES:
                 text = f"a message is at most {MAX_MESSAGE_BYTES} bytes, this one has {len(frame)}"
@@ -142,6 +142,7 @@ class Core:
             self.actions.append(ToClient(identity, build_mmi_reply(request.envelope, status)))
             return None
         entry = Entry(0, identity, request.client_id, request.envelope, None, request.op, request.reading, now)
+        entry.again = bool(request.key)  # which Majordomo does not tell
         try:
             size = sum(map(len, parts))
             if size > MAX_MESSAGE_BYTES:
@@ -193,7 +194,7 @@ class Core:
             self.on_lookup(entry, vm, frame, seconds, now)
         elif vm.worker.state is WorkerState.READY:
             self._forward(entry, vm, frame, seconds, now)
-        elif vm.alive or entry.op in ("events", "detach"):
+        elif vm.alive or entry.again or entry.op in ("events", "detach"):
             self.wait_for_worker(entry, vm, frame, seconds, now)
         else:
             reason = vm.status.get("reason", "unknown")
@@ -251,28 +252,20 @@ class Core:
         entry = self.inflight.get(number)
         if entry is None:
             return
-        if entry.frame and not full:
-            entry.sent_to = (
-                None  # the worker is gone, or about to connect again: it goes to the next one that presents itself
-            )
+        if not full and entry.given:
+            return  # a worker before this one may have done it: the next one that presents itself is given it marked
+        if not full and entry.frame:
+            entry.sent_to = None  # nobody ever had it: it goes to the next worker as it is
             return
         self.inflight.take(number)
-        error = (
-            Busy(f"VM {entry.vm}: its worker does not keep up; try again later")
-            if full
-            else WorkerLost(
-                f"VM {entry.vm}: its worker was gone before it had '{entry.op}'; nothing was done, try again"
-            )
-        )
-        self._answer_error(entry, error, entry.received)
+        self._answer_error(entry, undelivered(entry, full=full), entry.received)
 
     def on_client_gone(self, identity: bytes) -> None:
         """A client is not there any more: the workers that have its requests hear of it, and some requests end with their caller."""
         for entry in self.inflight:
-            if entry.client == identity and entry.sent_to is not None and not entry.cancelled:
+            if entry.client == identity and not entry.cancelled:
                 entry.cancelled = True
-                cancel = encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number))
-                self.actions.append(ToWorker(entry.sent_to, cancel, 0))
+                self.crew.tell_cancelled(entry)
 
     # -- from workers -------------------------------------------------------------------------------------------------------
 
@@ -370,27 +363,13 @@ class Core:
     def on_tick(self, now: float) -> None:
         """Deadlines of requests and of workers."""
         for entry in self.inflight.take_due(now):
-            self._answer_error(entry, self._overdue(entry), now)
+            vm = self.roster.get(entry.vm) if entry.vm is not None else None
+            self._answer_error(entry, overdue(entry, vm), now)
         self.crew.on_tick(now)
         if self._draining_until is not None and not self.finished:
             all_answered = not len(self.inflight) and now >= self._last_answer + FAREWELL
             if all_answered or now >= self._draining_until:
                 self._end_drain(now)
-
-    def _overdue(self, entry: Entry) -> VmloopError:
-        vm = self.roster.get(entry.vm) if entry.vm is not None else None
-        if vm is None:
-            return DeadlineExceeded(f"{entry.op}: not done in time")
-        if entry.waits_for is not None:
-            return DeadlineExceeded(f"VM {vm.name} is {vm.state} ({vm.status.get('reason')}), not {entry.waits_for}")
-        if vm.worker.state is WorkerState.READY:
-            text = (
-                f"VM {vm.name}: its worker has not answered '{entry.op}' in time; what was begun may still take effect"
-            )
-            return DeadlineExceeded(text)
-        return DeadlineExceeded(
-            f"VM {vm.name}: no worker for it came up in time (it is {vm.worker.state.value}: {vm.worker.reason})"
-        )
 
     # -- end ----------------------------------------------------------------------------------------------------------------
 
@@ -407,11 +386,7 @@ class Core:
     def _end_drain(self, now: float) -> None:
         for entry in self.inflight:
             self.inflight.take(entry.number)
-            text = f"'{entry.op}' was not answered before the broker went down"
-            error = (
-                WorkerLost(text) if entry.reading else OutcomeUnknown(text + "; look at the VM before you repeat it")
-            )
-            self._answer_error(entry, error, now)
+            self._answer_error(entry, cut_off(entry), now)
         self.finished = True
 
     # -- answers ------------------------------------------------------------------------------------------------------------

@@ -85,13 +85,15 @@ class Crew:
         if not same and vm.incarnation:
             vm.restarts += 1
         vm.worker_pid, vm.incarnation, vm.born = pid, incarnation, vm.born if same else now
-        vm.protocol = _whole(status.get("protocol")) or 1
         vm.heard, vm.epoch, vm.seq = now, message.epoch, message.seq
         if not ended:
             vm.exited, vm.due = False, None
             self._watches.discard(name)
         inherited = status.pop("inherited", [])
         self._roster.present(vm, identity)
+        # The zygote may have come after it, and with an earlier broker: then nobody has asked for its connections yet.
+        if not ended:
+            self._act(ToWorker(identity, _control("keep"), 0))
         vm.worker.move(WorkerState.READY, f"pid {pid}")
         vm.take_status(status)
         for entry in self._inflight.of_vm(name) if not ended else ():
@@ -132,6 +134,7 @@ class Crew:
             self.send(entry, vm, entry.frame)
         elif entry.number in inherited or (same and not vm.repeats):
             entry.sent_to = vm.identity
+            self.tell_cancelled(entry)
         elif vm.repeats:
             self._repeat(entry, vm, now)
         elif entry.reading and entry.frame:
@@ -143,6 +146,7 @@ class Crew:
 
     def _repeat(self, entry: Entry, vm: VmEntry, now: float) -> None:
         """Give a worker a request that another one, or itself on a connection that was cut, had been given: it knows what became of it."""
+        entry.given = True
         seconds = max(entry.deadline - WORKER_GRACE - now, REPEAT_SECONDS)
         if entry.frame:
             self.send(entry, vm, repeated(entry.frame, seconds))
@@ -168,10 +172,13 @@ class Crew:
         """Hand a request to a VM's ready worker."""
         vm.requests += 1
         self._act(ToWorker(vm.identity, frame, entry.number))
-        if entry.frame:
-            self._inflight.sent(entry, vm.identity)
-        else:
-            entry.sent_to = vm.identity
+        self._inflight.sent(entry, vm.identity)
+        self.tell_cancelled(entry)
+
+    def tell_cancelled(self, entry: Entry) -> None:
+        """The worker that has a request hears if nobody waits for it any more: some end with their caller."""
+        if entry.cancelled and entry.sent_to is not None:
+            self._act(ToWorker(entry.sent_to, encode(Message(kind=Kind.CONTROL, op="cancel", id=entry.number)), 0))
 
     # -- they come and go ---------------------------------------------------------------------------------------------------
 

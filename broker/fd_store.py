@@ -133,6 +133,30 @@ class FdStore:
             self._stored[place] = _socket_of(fd)
 
 
+class Offer:
+    """What the service manager gave back, for a zygote that does not have it."""
+
+    def __init__(self) -> None:
+        self.held: set[tuple[str, str]] = set()  # VM and slot of what the zygote has told that it keeps
+        self._stored: list[Stored] = []
+
+    def add(self, stored: list[Stored]) -> None:
+        self._stored += stored
+
+    def take_missing(self) -> list[Stored]:
+        """What the zygote does not have, which is the caller's to close from now on; the rest is closed."""
+        stored, self._stored = self._stored, []
+        for vm, slot, fd in stored:
+            if (vm, slot) in self.held:
+                os.close(fd)
+        return [one for one in stored if (one.vm, one.slot) not in self.held]
+
+    def close(self) -> None:
+        for stored in self._stored:
+            os.close(stored.fd)
+        self._stored.clear()
+
+
 def name_of(vm: VmName, slot: str) -> str:
     """FDNAME: at most 255 printable characters, no colon; a VM's name and a slot fit."""
     return f"{PREFIX}{slot}.{vm}"

@@ -237,13 +237,13 @@ class HostCore(Core):
 
     def _start(self, ask: Ask) -> None:
         vm = self._require(_arguments(ask.entry.op, Named, ask.frame).name)
-        if vm.alive:
+        if vm.alive and not ask.entry.again:
             raise AlreadyRunning(f"VM {vm.name} is {vm.state} already")
         self._through_worker(ask, vm)
 
     def _attach(self, ask: Ask) -> None:
         vm = self.roster.add(vm_name(_arguments(ask.entry.op, Named, ask.frame).name))
-        if vm.alive:
+        if vm.alive and not ask.entry.again:
             raise AlreadyRunning(f"VM {vm.name} is {vm.state} already; detach it first, or choose another name")
         self._through_worker(ask, vm)
 

@@ -15,8 +15,12 @@ from ..common.names import VmName
 
 # Frames that wait for a worker to come up, all together. Above this new ones are refused.
 MAX_HELD_BYTES: Final = 64 * 1024 * 1024
-# A request up to this size is kept, to be given to the next worker if its own dies.
+# A request up to this size is kept while a worker has it, to be given to the next one if that one dies.
 MAX_REPEATABLE_BYTES: Final = 64 * 1024
+# Of one VM: a frozen one, whose requests all wait, takes no room from the others. Beyond it the next worker is asked about a request only.
+MAX_KEPT_OF_VM_BYTES: Final = 4 * 1024 * 1024
+# Of all VMs; the same beyond it.
+MAX_KEPT_BYTES: Final = 64 * 1024 * 1024
 
 
 # A worker answers its caller's deadline itself, and knows more; the broker only speaks for a worker that does not.
@@ -36,10 +40,15 @@ class Entry(msgspec.Struct):
     received: float
     deadline: float = 0.0  # when it is answered at the latest
     frame: bytes = b""  # native, already with `number`; b"" when it is not kept
+    held: bool = False  # the frame waits for a worker; else it is only kept to be repeated
     sent_to: bytes | None = None
+    given: bool = (
+        False  # a worker had it, and the one it was sent to is a later one: it is never again as if nobody had had it
+    )
     spawns: bool = False  # an operation that may need a worker to be made for it
     waits_for: str | None = None  # state that `wait` waits for
-    cancelled: bool = False  # its worker has heard that its client is gone
+    again: bool = False  # its client sends it again, with its key: whatever the VM is at, its worker knows what became of the first
+    cancelled: bool = False  # its client is gone, and every worker that has it hears of that
 
 
 class InFlight:
@@ -54,6 +63,8 @@ class InFlight:
         self._of_vm: dict[VmName, dict[int, None]] = {}
         self._deadlines: Deadlines[int] = Deadlines()
         self._held_bytes = 0
+        self._kept_bytes = 0
+        self._kept_of_vm: dict[VmName | None, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,28 +115,45 @@ class InFlight:
         return entry
 
     def hold_frame(self, entry: Entry, frame: bytes) -> None:
-        """Keep a request's frame until it is sent. Raises `Busy` if too much is kept already."""
-        if not self.keep_frame(entry, frame):
+        """Hold a request's frame until there is a worker for it. Raises `Busy` if too much is held already."""
+        if entry.client and self._held_bytes + len(frame) > MAX_HELD_BYTES:  # b"": the broker's own, few and small
             raise Busy("too many requests wait for workers to come up; try again later")
+        entry.frame, entry.held = frame, True
+        self._held_bytes += len(frame)
 
     def keep_frame(self, entry: Entry, frame: bytes) -> bool:
-        """Keep a request's frame, to be sent again; False if too much is kept already."""
-        if entry.client and self._held_bytes + len(frame) > MAX_HELD_BYTES:  # b"": the broker's own, few and small
+        """Keep the frame of a request that a worker is given, for the next one; False if it is long, or too much is kept already.
+
+        A `kill` always is: it may only be carried out by the next worker. So are the broker's own, which are few.
+        """
+        size, of_vm = len(frame), self._kept_of_vm.get(entry.vm, 0)
+        full = of_vm + size > MAX_KEPT_OF_VM_BYTES or self._kept_bytes + size > MAX_KEPT_BYTES
+        if not 0 < size <= MAX_REPEATABLE_BYTES or (full and entry.client and entry.op != "kill"):
             return False
         entry.frame = frame
-        self._held_bytes += len(frame)
+        self._kept_bytes += size
+        self._kept_of_vm[entry.vm] = of_vm + size
         return True
 
     def release_frame(self, entry: Entry) -> None:
         """The frame need not be kept any more."""
-        self._held_bytes -= len(entry.frame)
-        entry.frame = b""
+        size = len(entry.frame)
+        if entry.held:
+            self._held_bytes -= size
+        elif size:
+            self._kept_bytes -= size
+            left = self._kept_of_vm.pop(entry.vm) - size
+            if left:
+                self._kept_of_vm[entry.vm] = left
+        entry.frame, entry.held = b"", False
 
     def sent(self, entry: Entry, identity: bytes) -> None:
-        """A held request has gone to a worker; its frame stays unless it is long."""
+        """A request has gone to a worker; its frame stays as long as there is room for it, that of an operation that spawns always."""
         entry.sent_to = identity
-        if not entry.spawns and len(entry.frame) > MAX_REPEATABLE_BYTES:
+        if entry.held and not entry.spawns:
+            frame = entry.frame
             self.release_frame(entry)
+            self.keep_frame(entry, frame)
 
     def of_vm(self, vm: VmName) -> list[Entry]:
         """A VM's requests, in the order they came."""

@@ -19,6 +19,8 @@ from ..common.zygote_wire import FdsLost, Packet, receive_packet, send_packet
 
 log = logging.getLogger(__name__)
 
+# Callers that wait at run/zygote.sock to be accepted: each worker makes two, and a thousand may come at once.
+BACKLOG: Final = 4096
 # Two connections a VM at 4096 VMs. Whoever leaves more unread is cut off.
 MAX_QUEUED: Final = 8192
 
@@ -149,6 +151,15 @@ class PacketPoll:
             use(packet, fds)
         finally:
             close_all(fds)
+
+
+def is_readable(end: PacketEnd | None) -> bool:
+    """Whether something, be it the end, lies unread there."""
+    if end is None:
+        return False
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def close_all(fds: list[int]) -> None:

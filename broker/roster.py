@@ -45,7 +45,6 @@ class VmEntry:
         self.worker_pid: int | None = None
         self.born: float = 0.0  # when the worker presented itself (monotonic)
         self.due: float | None = None  # STARTING: give up; LOST: try again; exited: nothing more will come
-        self.protocol = 1  # between broker and this worker
         self.exited = False  # its end has been seen, its last words perhaps not
         self.deaths = 0  # in a row
         self.restarts = 0

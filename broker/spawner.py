@@ -20,9 +20,10 @@ from ..common.names import VmName
 from ..common.paths import Paths
 from ..common.settings import Settings
 from ..common.zygote_wire import Dropped, Exited, Forked, Hello, Keep, Kept, NotForked, Packet, Quit, Retire, Tell, Told
-from .fd_store import FdStore, Stored
+from .fd_store import FdStore, Offer, Stored
+from .forks import Forks
 from .handover import Handover, pass_on
-from .packets import PacketEnd, PacketPoll
+from .packets import PacketEnd, PacketPoll, is_readable
 from .pidfds import Pidfds
 from .zygote_process import Former, connect, fork_packet, kill_zygote, let_go, start_zygote
 
@@ -67,10 +68,8 @@ class Spawner:
         self._started: int | None = None  # when it was, as it says
         self._settled = False  # it has said who it is and what it keeps: forks may go to it
         self._due: float | None = None  # when it must have
-        # Asked for and not answered → when they must be; None: not sent yet.
-        self._forks: dict[VmName, float | None] = {}
-        self._stored: list[Stored] = []  # what the service manager gave back, for a zygote that does not have it
-        self._held: set[tuple[str, str]] = set()  # what the zygote has told that it keeps
+        self._forks = Forks(ANSWER_SECONDS, clock)
+        self._offer = Offer()
         self._handover: Handover | None = None
         self._renewing = False
         self._former = Former(self._poll)
@@ -85,7 +84,7 @@ class Spawner:
 
         Raises OSError if none can be started.
         """
-        self._stored += stored or []
+        self._offer.add(stored or [])
         try:
             self._greet(connect(self._paths.zygote_socket), fresh=False)
         except (ConnectionRefusedError, FileNotFoundError):  # nobody listens
@@ -107,9 +106,8 @@ class Spawner:
         self._fresh, self._started, self._settled = fresh, None, False
         self._due = self._clock() + (START_SECONDS if fresh else ANSWER_SECONDS)
         self._poll.add(zygote, self._on_packet, self._zygote_lost)
-        self._held.clear()
-        for name in self._forks:
-            self._forks[name] = None
+        self._offer.held.clear()
+        self._forks.forget_told()
         self._say(Hello(self._version))
 
     # -- what is asked of it ------------------------------------------------------------------------------------------------
@@ -119,28 +117,30 @@ class Spawner:
 
     def fork(self, name: VmName) -> None:
         """Ask for a worker; `on_forked` or `on_not_forked` follows."""
-        self._forks.setdefault(name, None)
+        self._forks.ask(name)
         if self._zygote is None:
             try:
                 self._renew()
             except OSError as error:
-                self._forks.pop(name, None)
+                self._forks.answered(name)
                 self._on_not_forked(name, f"the zygote cannot be asked: {error}")
                 return
         self._send_forks()
 
     def renew(self, *, even_fresh: bool = True) -> None:
-        """Have another zygote take this one's place, with the code as it is on disk now; `on_renewed` follows.
+        """Have another zygote take this one's place as soon as it can, with the code as it is on disk now; `on_renewed` follows.
 
         `even_fresh` False: a zygote that this broker has started is left.
         """
         self._renewing = True
         if self._handover is not None:
             return
-        if self._zygote is None or not self._settled or (self._fresh and not even_fresh):
-            self._renewed("" if self._zygote is not None else "there is no zygote")
-            return
-        self._hand_over(mute=False)
+        if self._zygote is None:
+            self._renewed("there is no zygote")
+        elif self._fresh and not (even_fresh and self._settled):
+            self._renewed("")
+        elif self._settled:
+            self._hand_over(mute=False)
 
     def end_zygote(self) -> None:
         """The zygote shall end with its last worker."""
@@ -156,23 +156,25 @@ class Spawner:
 
     def next_due(self) -> float | None:
         """When `on_tick` has something to do; None: not by itself."""
-        asked = [self._handover.due] if self._handover is not None else self._answers_due()
+        asked = (self._handover.due,) if self._handover is not None else (self._due, self._forks.due)
         return min((due for due in (*asked, self._store.next_due()) if due is not None), default=None)
 
-    def _answers_due(self) -> list[float | None]:
-        return [self._due, *self._forks.values()]
-
     def on_tick(self, now: float) -> None:
-        """Whoever has not answered in time."""
+        """Whoever has not answered in time. What lies here unread has been said: it was this broker that was stopped, or busy."""
         self._store.on_tick(now)
         handover = self._handover
-        if handover is not None and handover.due <= now:
+        if handover is not None:
+            if handover.due > now or is_readable(handover.heir if handover.told else self._zygote):
+                return
             if handover.told:
                 self._fail_handover("the new zygote does not come up")
             else:
                 self._end_hung("it does not tell what it keeps")
-        elif handover is None and any(due is not None and due <= now for due in self._answers_due()):
+        elif self._is_late(now) and not is_readable(self._zygote):
             self._end_hung("it does not answer")
+
+    def _is_late(self, now: float) -> bool:
+        return any(due is not None and due <= now for due in (self._due, self._forks.due))
 
     @property
     def nothing_left(self) -> bool:
@@ -188,32 +190,29 @@ class Spawner:
     def close(self) -> None:
         """Let go of everything; zygote and workers run on."""
         self.pidfds.close()
-        for stored in self._stored:
-            os.close(stored.fd)
-        self._stored.clear()
-        if self._handover is not None:
-            self._fail_handover("the broker ends")
-        self._zygote = None
+        self._offer.close()
+        self._zygote, self._settled = None, False
+        self._fail_handover("the broker ends")
         self._former.close()
         let_go(self._child)
         self._poll.close()
 
     def _on_packet(self, packet: Packet, fds: list[int]) -> None:
+        if isinstance(packet, (Forked, NotForked)):
+            self._forks.answered(VmName(packet.vm))
+        self._forks.heard()
         match packet:
             case Forked() if len(fds) == 1:
                 name = VmName(packet.vm)
-                self._forks.pop(name, None)
                 self.pidfds.hold(name, packet.pid, fds.pop())
                 self._on_forked(name, packet.pid)
-            case Forked():  # its pidfd did not find a free fd: it presents itself all the same, and is watched then
-                self._forks.pop(VmName(packet.vm), None)
             case NotForked():
-                self._forks.pop(VmName(packet.vm), None)
                 self._on_not_forked(VmName(packet.vm), packet.error)
             case Hello() if not self._settled and self._handover is None:
                 self._on_hello(packet)
             case Kept() | Dropped() | Told():
                 self._on_kept(packet, fds)
+            # A Forked whose pidfd did not find a free fd: the worker presents itself all the same, and is watched then.
 
     def _on_hello(self, hello: Hello) -> None:
         self._started = hello.started
@@ -229,29 +228,26 @@ class Spawner:
 
     def _on_kept(self, packet: Kept | Dropped | Told, fds: list[int]) -> None:
         if self._handover is not None:
-            try:
-                self._handover.from_old(packet, fds)
-            except OSError as error:
-                self._fail_handover(str(error))
-            else:
-                self._poll.arm(self._handover.heir)
+            handover = self._handover
+            handover.due = self._clock() + START_SECONDS
+            self._advance(lambda: handover.from_old(packet, fds))
         elif isinstance(packet, Told):
             self._settle()
         elif isinstance(packet, Dropped):
             self._store.drop(packet.vm, packet.slot)
         elif fds:
-            self._held.add((packet.vm, packet.slot))
+            self._offer.held.add((packet.vm, packet.slot))
             self._store.keep(packet.vm, packet.slot, fds.pop())
 
     def _settle(self) -> None:
         """The zygote can be used: first it gets what it does not have, then it is asked for workers."""
         self._settled, self._due = True, None
-        stored, self._stored = self._stored, []
-        for vm, slot, fd in stored:
-            if (vm, slot) in self._held:
-                os.close(fd)
-            else:
-                self._say(Keep(vm, slot, spare=True), fd)
+        for vm, slot, fd in self._offer.take_missing():
+            self._say(Keep(vm, slot, spare=True), fd)
+        if self._renewing and not self._fresh:  # which was asked for meanwhile
+            self._hand_over(mute=False)
+            return
+        self._renewed("")
         self._send_forks()
 
     # -- another zygote -----------------------------------------------------------------------------------------------------
@@ -259,21 +255,36 @@ class Spawner:
     def _hand_over(self, *, mute: bool) -> None:
         """Begin to replace the zygote by a new one. `mute`: it is of a version that cannot tell what it keeps."""
         at = self._paths.zygote_socket.with_name("zygote.new")
+        child = None
         try:
             child = start_zygote(self._paths, self._settings, at)
             heir = connect(at)
-            self._poll.add(heir, self._from_heir, lambda: self._fail_handover("the new zygote has ended"))
-            due = self._clock() + START_SECONDS
-            self._handover = Handover(None if mute else self._zygote, heir, child, self._version, due)
-            self._due = None
         except OSError as error:
+            self._former.add(child, kill=True)
             self._stay(f"no other zygote can be started: {error}")
+            return
+        self._poll.add(heir, self._from_heir, lambda: self._fail_handover("the new zygote has ended"))
+        due = self._clock() + START_SECONDS
+        self._handover = Handover(None if mute else self._zygote, heir, child, self._version, due)
+        self._due = None
+        self._advance(self._handover.begin)
+        if self._zygote is not None:
+            self._poll.arm(self._zygote)
+
+    def _advance(self, step: Callable[[], None]) -> None:
+        """One step of the handover; it fails if the heir is gone."""
+        try:
+            step()
+        except OSError as error:
+            self._fail_handover(str(error))
+        else:
+            if self._handover is not None:
+                self._poll.arm(self._handover.heir)
 
     def _from_heir(self, packet: Packet, _: list[int]) -> None:
-        assert self._handover is not None
-        self._handover.from_heir(packet)
-        if self._handover.done:
-            self._take_over(self._handover)
+        handover = self._handover
+        if handover is not None and handover.from_heir(packet):
+            self._take_over(handover)
 
     def _take_over(self, handover: Handover) -> None:
         """The heir has everything: it takes the place of the old one."""
@@ -291,29 +302,25 @@ class Spawner:
         self._child = handover.child
         self._zygote, self._fresh, self._started = handover.heir, True, None
         self._poll.add(handover.heir, self._on_packet, self._zygote_lost)
-        self._held.clear()
+        self._offer.held.clear()
         log.info("zygote %d has taken over", handover.child.pid)
         self._on_new_zygote()
+        self._renewed("")
         if self._store.there:
             self._settled = False
             self._due = self._clock() + ANSWER_SECONDS
             self._say(Tell())
         else:
             self._settle()
-        self._renewed("")
 
     def _retire(self, old: PacketEnd) -> None:
         self._poll.add(old, self._from_retired, lambda: self._poll.close_end(old))
+        mute = not self._settled and self._started is None  # it never said who it is: it cannot tell, but it can fork
         try:
-            if (
-                not self._settled and self._started is None
-            ):  # it never said who it is: it cannot tell either, but it can fork
-                for name in self._forks:  # those workers inherit what it keeps, and hand it to the new one
-                    old.send(fork_packet(self._paths, self._settings, name))
-                    self._forks[name] = self._clock() + ANSWER_SECONDS
-                old.send(Quit())
-            else:
-                old.send(Retire())
+            for name in self._forks.tell(again=True) if mute else ():  # they inherit what it keeps, and hand it on
+                old.send(fork_packet(self._paths, self._settings, name))
+            old.send(Quit() if mute else Retire())
+            self._poll.arm(old)
         except OSError as error:
             log.info("the old zygote is gone: %s", error)
             self._poll.close_end(old)
@@ -325,7 +332,7 @@ class Spawner:
         elif self._zygote is not None:
             try:
                 pass_on(packet, fds, self._zygote)
-                if isinstance(packet, Exited) and not packet.vm:
+                if isinstance(packet, Exited):
                     self._zygote.send(packet)
             except OSError:
                 return  # its end is read in its turn
@@ -333,7 +340,8 @@ class Spawner:
 
     def _fail_handover(self, why: str) -> None:
         handover, self._handover = self._handover, None
-        assert handover is not None
+        if handover is None:
+            return
         self._poll.close_end(handover.heir)
         self._former.add(handover.child, kill=True)
         self._paths.zygote_socket.with_name("zygote.new").unlink(missing_ok=True)
@@ -342,9 +350,10 @@ class Spawner:
     def _stay(self, why: str) -> None:
         """The old zygote is not replaced, and serves on."""
         log.error("the zygote is not replaced: %s", why)
+        self._renewed(why)
         if self._zygote is not None and not self._settled:
             self._settle()
-        self._renewed(why)
+        self._send_forks()
 
     def _renewed(self, error: str) -> None:
         if self._renewing:
@@ -357,10 +366,7 @@ class Spawner:
         mute = not self._settled and not self._fresh and self._started is None
         self._forget_zygote()
         if self._handover is not None:
-            try:
-                self._handover.old_is_gone()
-            except OSError as error:
-                self._fail_handover(str(error))
+            self._advance(self._handover.old_is_gone)
             return
         if self._ending and not self._forks:
             self._former.add(self._child)
@@ -372,7 +378,7 @@ class Spawner:
             log.error("the zygote is gone; another one takes its place")
             self._renew()
         except OSError as error:
-            log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
+            self._without_zygote(error)
 
     def _reach_mute(self) -> bool:
         """A zygote that hangs up on a greeting is of a version that knew none. False if there is none."""
@@ -400,23 +406,23 @@ class Spawner:
         self._forget_zygote()
         if self._handover is not None:
             self._handover.due = self._clock() + START_SECONDS
-            try:
-                self._handover.old_is_gone()
-            except OSError as error:
-                self._fail_handover(str(error))
+            self._advance(self._handover.old_is_gone)
             return
         try:
             self._start_fresh()
             self._on_new_zygote()
         except OSError as error:
-            log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
+            self._without_zygote(error)
+
+    def _without_zygote(self, error: OSError) -> None:
+        log.error("no zygote can be started (%s); the next worker that is needed tries again", error)
+        self._renewed(f"no zygote can be started: {error}")
 
     def _forget_zygote(self) -> None:
         assert self._zygote is not None
         self._poll.close_end(self._zygote)
         self._zygote, self._settled, self._due = None, False, None
-        for name in self._forks:
-            self._forks[name] = None
+        self._forks.forget_told()
         if self._child is not None:
             self._child.poll()
 
@@ -429,10 +435,8 @@ class Spawner:
     def _send_forks(self) -> None:
         if not self._settled or self._handover is not None:
             return
-        for name, due in tuple(self._forks.items()):
-            if due is None:
-                self._forks[name] = self._clock() + ANSWER_SECONDS
-                self._say(fork_packet(self._paths, self._settings, name))
+        for name in self._forks.tell():
+            self._say(fork_packet(self._paths, self._settings, name))
 
     def _say(self, packet: Packet, fd: int | None = None) -> None:
         """Tell the zygote; if it is gone, that is read from its connection in its turn, and what was asked is asked of the next one."""

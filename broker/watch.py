@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY: Final = 0.5
 # A healthy worker answers a kill within milliseconds; the design allows half a second until shutoff is published.
 KILL_PATIENCE: Final = 0.15
+# Twice as long as a worker may wait for the zygote at its VM's end (worker/orphan.py): that one has done as it was told.
+KILL_HELD_UP: Final = 0.1
 
 
 class Looker(Protocol):
@@ -135,9 +137,8 @@ class Watch:
                 del self._kills[number]
             elif due <= now:
                 self._kills[number] = now + KILL_PATIENCE
-                stuck = self._looker.blocked(vm.name, vm.worker_pid) >= KILL_PATIENCE / 2 or self._looker.stopped(
-                    vm.worker_pid
-                )
+                blocked = self._looker.blocked(vm.name, vm.worker_pid)
+                stuck = blocked >= KILL_HELD_UP or self._looker.stopped(vm.worker_pid)
                 held = (WorkerState.READY, WorkerState.STARTING, WorkerState.LEAVING)
                 if vm.worker.state in held and not vm.exited and stuck:
                     self._replace(vm, "it does not take up a kill")

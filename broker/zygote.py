@@ -50,7 +50,7 @@ from ..common.zygote_wire import (
     WorkerSpec,
 )
 from ..worker.entry import run_worker
-from .packets import PacketEnd
+from .packets import BACKLOG, PacketEnd
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 # A zygote whose broker died before it connected goes away by itself.
 LONELY_MS: Final = 30_000
 LOG_BYTES: Final = 1 << 20
-# Connections that wait to be accepted: each worker makes two, and a thousand may come at once.
-BACKLOG: Final = 4096
 
 
 class Peer(PacketEnd):
@@ -184,6 +182,8 @@ class Zygote:
                 self._tell_all(peer)
             case Watch():
                 self._watch(packet, peer)
+            case Exited() if packet.vm:
+                self._former_ended(packet)
             case Exited():
                 self._orphan_ended(packet.pid, packet.status)
             case Quit():
@@ -218,7 +218,7 @@ class Zygote:
     def _keep(self, packet: Keep, fd: int) -> None:
         if self._retired:  # a worker that has not heard of it: its broker passes it on
             for peer in self._brokers():
-                self._tell(peer, Kept(packet.vm, packet.slot), os.dup(fd))
+                self._tell_kept(peer, packet.vm, packet.slot, fd)
             os.close(fd)
             return
         slots = self._kept.setdefault(packet.vm, {})
@@ -231,7 +231,7 @@ class Zygote:
         slots[packet.slot] = fd
         for peer in self._peers.values():
             if peer.follows:
-                self._tell(peer, Kept(packet.vm, packet.slot), os.dup(fd))
+                self._tell_kept(peer, packet.vm, packet.slot, fd)
 
     def _drop(self, packet: Drop) -> None:
         slots = self._kept.get(packet.vm, {})
@@ -255,8 +255,18 @@ class Zygote:
         peer.follows = True
         for vm, slots in self._kept.items():
             for slot, fd in slots.items():
-                self._tell(peer, Kept(vm, slot), os.dup(fd))
+                self._tell_kept(peer, vm, slot, fd)
         self._tell(peer, Told())
+
+    def _tell_kept(self, peer: Peer, vm: str, slot: str, fd: int) -> None:
+        """With a duplicate; without one if no fd is free: so that nobody thinks he has everything, and this zygote stays."""
+        try:
+            duplicate = os.dup(fd)
+        except OSError as error:
+            log.error("VM %s: its %s cannot be passed on: %s", vm, slot, error)
+            self._tell(peer, Kept(vm, slot))
+        else:
+            self._tell(peer, Kept(vm, slot), duplicate)
 
     def _retire(self) -> None:
         if self._retired:
@@ -354,6 +364,11 @@ class Zygote:
             for peer in self._brokers():
                 self._tell(peer, Exited(pid, code, vm))
 
+    def _former_ended(self, packet: Exited) -> None:
+        """A worker that a retired zygote had made. Once the next one of its VM lives, it comes too late to be told."""
+        if packet.status and packet.vm not in self._workers.values():
+            self._exits[packet.vm] = packet.status
+
     # -- QEMUs whose worker died ----------------------------------------------------------------------------------------------
 
     def _watch(self, packet: Watch, peer: Peer) -> None:
@@ -408,9 +423,8 @@ def main() -> int:
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         log.warning("not a subreaper: the exit status of an orphaned QEMU will not be known")
     listener = socket.socket(fileno=arguments.listen_fd)
-    listener.listen(
-        BACKLOG
-    )  # again: from now on SO_PEERCRED names this process, and not the broker that bound the socket
+    # Again: from now on SO_PEERCRED names this process, and not the broker that bound the socket.
+    listener.listen(BACKLOG)
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise copy every page of ours that it looks at
     Zygote(listener, arguments.path).run()

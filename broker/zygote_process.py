@@ -20,7 +20,7 @@ from ..common.paths import Paths
 from ..common.process import ProcessGone, identify
 from ..common.settings import Settings
 from ..common.zygote_wire import Fork, WorkerSpec
-from .packets import PacketEnd, PacketPoll
+from .packets import BACKLOG, PacketEnd, PacketPoll
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def start_zygote(paths: Paths, settings: Settings, at: Path) -> subprocess.Popen
     at.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(os.fspath(at))
-        listener.listen(128)
+        listener.listen(BACKLOG)
         child = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vmloop.broker.zygote"),
@@ -99,6 +99,7 @@ class Former:
     def __init__(self, poll: PacketPoll) -> None:
         self._poll = poll
         self._children: dict[int, subprocess.Popen[bytes]] = {}  # by pidfd
+        self._unwatched: list[subprocess.Popen[bytes]] = []
 
     def __len__(self) -> int:
         return len(self._children)
@@ -109,7 +110,13 @@ class Former:
             return
         if kill:
             child.kill()
-        pidfd = os.pidfd_open(child.pid)
+        self._unwatched = [other for other in self._unwatched if other.poll() is None]
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError as error:  # no fd is free: it is reaped when the next one comes
+            log.warning("the former zygote %d is not watched: %s", child.pid, error)
+            self._unwatched.append(child)
+            return
         self._children[pidfd] = child
         self._poll.add_other(pidfd, lambda: self._reap(pidfd))
 
@@ -117,7 +124,10 @@ class Former:
         for pidfd, child in self._children.items():
             os.close(pidfd)
             let_go(child)
+        for child in self._unwatched:
+            let_go(child)
         self._children.clear()
+        self._unwatched.clear()
 
     def _reap(self, pidfd: int) -> None:
         self._children.pop(pidfd).wait()  # it has ended

@@ -32,7 +32,18 @@ from ..common.errors import (
     error_from_wire,
 )
 from ..common.pack import MAX_MESSAGE_BYTES, pack, unpack
-from ..common.wire import FLAG_READING, HEADER, HEADER_BYTES, MAGIC, BadFrame, Kind, Message, decode, encode
+from ..common.wire import (
+    FLAG_READING,
+    FLAG_REPEATED,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    BadFrame,
+    Kind,
+    Message,
+    decode,
+    encode,
+)
 from .requests import Request
 
 log = logging.getLogger(__name__)
@@ -44,6 +55,7 @@ GRACE: Final = 0.5
 KEY_BYTES: Final = 16
 # Parts of an answer that wait for their reader. The lane reads on demand; only the asyncio client can come near this.
 MAX_PARTS: Final = 10_000
+EVENTS: Final = "events"  # the operation whose parts are events, in their order
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -57,7 +69,19 @@ class Answer(msgspec.Struct, frozen=True):
 class Call:
     """One request and what has become of it."""
 
-    __slots__ = ("answer", "asked", "due", "error", "finished", "got_parts", "message", "number", "parts", "was_sent")
+    __slots__ = (
+        "answer",
+        "asked",
+        "due",
+        "error",
+        "finished",
+        "got_parts",
+        "message",
+        "number",
+        "parts",
+        "reached",
+        "was_sent",
+    )
 
     def __init__(self, message: Message, now: float, streaming: bool) -> None:
         self.message = message
@@ -70,6 +94,19 @@ class Call:
         self.error: VmloopError | None = None
         self.parts: deque[Any] | None = deque() if streaming else None
         self.got_parts = False
+        self.reached = (0, 0)  # epoch and seq of the newest part, if they are events
+
+    def has_had(self, part: Any) -> bool:
+        """Whether a part is an event that came already: if a worker dies in the midst of its answer, the next one begins it anew."""
+        if self.message.op != EVENTS or not isinstance(part, dict):
+            return False
+        epoch, seq = part.get("epoch"), part.get("seq")
+        if not (isinstance(epoch, int) and isinstance(seq, int)):
+            return False
+        if (epoch, seq) <= self.reached:
+            return True
+        self.reached = (epoch, seq)
+        return False
 
     def result(self) -> Answer:
         """The answer of a finished call; raises its error."""
@@ -116,7 +153,8 @@ def new_call(request: Request[Any], timeout: float, streaming: bool = False) -> 
         op=request.op,
         body=body,
         key=key,
-        flags=FLAG_READING if request.reading else 0,
+        # Who brings his own key may have asked before, with another client.
+        flags=(FLAG_READING if request.reading else 0) | (FLAG_REPEATED if request.key else 0),
         seconds=seconds,
     )
     return Call(message, time.monotonic(), streaming)
@@ -152,7 +190,8 @@ class Calls:
         if call.was_sent:
             seconds = max(call.due - GRACE - time.monotonic(), 0.001)
         number = next(self._numbers)
-        frame = encode(msgspec.structs.replace(call.message, id=number, seconds=seconds))
+        flags = call.message.flags | (FLAG_REPEATED if call.was_sent and call.message.key else 0)
+        frame = encode(msgspec.structs.replace(call.message, id=number, seconds=seconds, flags=flags))
         self._unsent.pop(call, None)
         self._sent[number] = call
         call.number = number
@@ -204,6 +243,8 @@ class Calls:
     def _take_part(self, call: Call, part: Any) -> None:
         if call.parts is None:
             return  # somebody asked with `call` for what comes in parts and wants only its end
+        if call.has_had(part):
+            return
         if len(call.parts) >= MAX_PARTS:
             self._finish(
                 call, None, Busy(f"{MAX_PARTS} parts of {call.describe()} wait unread; read faster or ask for less")

@@ -132,6 +132,7 @@ class Stream:
         self._inbox: deque[Event] = deque()  # from PUB, in its order; at most one batch
         self._replays: dict[VmName, int | None] = {}  # VMs whose kept events come first, and how many at most
         self._targets: dict[str, Cursor] = {}  # how far the broker said that VMs are
+        self._older: set[str] = set()  # VMs of which the broker's last answer knew an earlier run only
         self._fetching: VmName | None = None
         self._waiting: Event | None = None  # the event of the inbox for whose sake something is fetched
         self.check_wanted = False  # ask the broker at once: something does not fit
@@ -253,13 +254,20 @@ class Stream:
         if event.epoch == position.epoch:
             return event.seq > position.seq + 1
         if event.epoch < position.epoch:
-            self.check_wanted = True  # very late, or of a VM that was undefined and made anew
+            self.check_wanted = True  # very late, or of a VM whose runs are numbered anew
         return event.epoch > position.epoch
 
     def _behind(self, vm: str, target: Cursor) -> bool:
         position = self._position.get(vm)
-        if position is None or target.epoch < position.epoch:  # unseen, or undefined and made anew
+        if position is None:
             position = self._position[vm] = Cursor(target.epoch, 0)
+        if target.epoch >= position.epoch:
+            self._older.discard(vm)
+        elif vm in self._older:  # the numbers of its runs were lost with its host's state, and begin anew
+            self._older.discard(vm)
+            position = self._position[vm] = Cursor(target.epoch, 0)
+        else:  # the answer may be older than the events
+            self._older.add(vm)
         return target > position
 
     def _accept(self, event: Event) -> None:

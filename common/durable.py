@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory.
+    """Replace `path` by `content`: temporary file, fsync, rename, fsync of the directory. Each file has one writer at a time.
 
     Raises OSError, which always names a file; then the old one is untouched, unless only the last step failed.
     """
@@ -22,7 +22,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    # One name, so that a writer that is killed leaves one file at most: the next one writes over it.
+    temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -2,7 +2,7 @@
 """Where every file and socket lives. Built once in each program's entry and passed down.
 
     run/client.sock  run/events.sock  run/worker.sock  run/zygote.sock  run/broker.lock  run/vms/NAME/
-    state/vms/NAME/  etc/vmloop.toml  etc/handlers/
+    state/vms/NAME/  state/epochs/NAME  etc/vmloop.toml  etc/handlers/
 
 `--root DIR` puts the three trees under DIR; without it root uses /run/vmloop, /var/lib/vmloop and /etc/vmloop, others the XDG directories.
 """
@@ -133,6 +133,11 @@ class VmPaths:
     @property
     def journal(self) -> Path:
         return self.state / JOURNAL
+
+    @property
+    def epoch(self) -> Path:
+        """What stays when the VM is forgotten, outside of its directories."""
+        return self.state.parent.parent / "epochs" / self.state.name
 
     @property
     def answers(self) -> Path:

@@ -41,8 +41,9 @@ _FLAGS_AT: Final = 5
 _SECONDS_AT: Final = 16
 
 FLAG_READING: Final = 1
-# Set by the broker towards a worker of protocol 2. Repeated: the VM's worker was given the request before, and may have begun or answered
-# it. Asking: only tell what became of it; the frame is not the whole request.
+# From a client, beside a key: it has sent the request before, and has no answer.
+# From the broker to a worker of protocol 2: a worker of the VM was given the request before, and may have begun or
+# answered it. Asking: only tell what became of it; the frame is not the whole request.
 FLAG_REPEATED: Final = 2
 FLAG_ASKING: Final = 4
 MAX_KEY_BYTES: Final = 64

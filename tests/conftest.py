@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up of all tests: what needs QEMU skips where there is none (but fails in CI), and no test leaves a process behind."""
+"""Set-up of all tests: what needs QEMU skips where there is none (but fails in CI); no test leaves a process behind, nor what one was."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def no_process_left() -> Iterator[None]:
             del os.environ[MARK]
         else:
             os.environ[MARK] = outer
-    left = _still_running((_children() - before) | _marked(mark))
+    left = _still_running((_children() - before) | _marked(mark)) + _zombies(_children() - before)
     assert not left, f"left behind: {left}"
 
 
@@ -76,6 +76,16 @@ def _marked(mark: str) -> set[int]:
         except OSError:
             continue  # gone meanwhile, or not ours to look at
     return found
+
+
+def _zombies(children: set[int]) -> list[str]:
+    """Children that have ended and that nobody has waited for: they are waited for."""
+    left: list[str] = []
+    for pid in children:
+        with contextlib.suppress(ChildProcessError):  # waited for meanwhile
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
+                left.append(f"{pid}: ended, and not waited for")
+    return left
 
 
 def _still_running(pids: set[int]) -> list[str]:

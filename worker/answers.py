@@ -4,8 +4,10 @@
 A request that comes again, by its number (the broker gives it to the next worker) or by its key (the client repeats it), gets the first
 one's answer instead of being carried out twice. Written before the act:
 
-    begun      number, key, op, cursor, body     before an operation of several steps does anything
-    step       number, name                      before one of its commands goes to QEMU
+    begun      number, key, op, cursor           before an operation of several steps does anything
+    adopted    number, begun                     before another worker goes on with it for a request of another number
+    step       number, name                      before one of its commands goes to QEMU; the number that it was begun under
+    stepped    number, name, error               that command is answered, before the answer is settled
     answered   number, key, kind, body           before the answer goes out
 
 A single QMP command needs no `begun`: the ledger on the status page says that it was sent, and whom its answer belongs to. The file is a
@@ -20,7 +22,7 @@ import logging
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -57,6 +59,13 @@ class Begun(msgspec.Struct, frozen=True, tag=True, array_like=True):
         return Cursor(self.epoch, self.seq)
 
 
+class Adopted(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The operation that was begun under one number is that of another request, too: its key came again."""
+
+    number: int
+    begun: int
+
+
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A command of such an operation that went, or was about to go, to QEMU."""
 
@@ -64,7 +73,27 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     name: str
 
 
-_Entry = Answered | Begun | Step
+class Stepped(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """QEMU's answer to such a command: `error` as it goes over the wire, None if it was carried out."""
+
+    number: int
+    name: str
+    error: dict[str, Any] | None
+
+
+class Left(msgspec.Struct):
+    """What an operation has done so far: the commands that it was about to send, and how they were answered."""
+
+    begun: Begun
+    steps: list[str]
+    answers: dict[str, dict[str, Any] | None]
+
+    def copy(self) -> Left:
+        """As it is now."""
+        return Left(self.begun, list(self.steps), dict(self.answers))
+
+
+_Entry = Answered | Begun | Adopted | Step | Stepped
 _decoder: Final = msgspec.msgpack.Decoder(_Entry)
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -82,8 +111,9 @@ class Answers:
         self._number_of: dict[bytes, int] = {}
         self._bytes = 0
         self._running: dict[bytes, list[int]] = {}
-        self._begun: OrderedDict[int, tuple[Begun, list[str]]] = OrderedDict()
-        self.own: set[int] = set()  # begun by this worker: nothing to take over
+        self._begun: OrderedDict[int, Left] = OrderedDict()
+        self._adopted: dict[int, int] = {}  # request → what its operation was begun under, if that is another number
+        self.own: set[int] = set()  # operations that this worker carries out: nothing to take over
         if path is not None:
             self._load(path)
 
@@ -103,16 +133,17 @@ class Answers:
         self._running[key] = [number]
         return True
 
-    def left_by_predecessor(self, number: int, key: bytes = b"") -> tuple[Begun, tuple[str, ...]] | None:
-        """An operation that an earlier worker had begun and not answered, with the steps it had made."""
-        for begun, steps in self._begun.values():
-            if begun.number not in self.own and (begun.number == number or (key and begun.key == key)):
-                return begun, tuple(steps)
+    def left_by_predecessor(self, number: int, key: bytes = b"") -> Left | None:
+        """An operation that an earlier worker had begun and not answered, and how far it had come."""
+        number = self._adopted.get(number, number)
+        for left in self.left():
+            if left.begun.number == number or (key and left.begun.key == key):
+                return left.copy()
         return None
 
-    def is_left(self, number: int) -> bool:
-        """Whether a request is of an operation that an earlier worker had begun."""
-        return number in self._begun and number not in self.own
+    def left(self) -> list[Left]:
+        """All operations that an earlier worker had begun and not answered."""
+        return [left for number, left in self._begun.items() if number not in self.own]
 
     # -- told when it is carried out ------------------------------------------------------------------------------------------
 
@@ -120,33 +151,48 @@ class Answers:
         """Write down that an operation begins."""
         self._note_begun(Begun(number, key, op, cursor.epoch, cursor.seq))
         self.own.add(number)
-        self._write(self._begun[number][0])
+        self._write(self._begun[number].begun)
 
-    def adopt(self, begun: Begun, number: int, key: bytes) -> None:
-        """This worker goes on with what an earlier one had begun, under the number that the request has now."""
-        _, steps = self._begun.pop(begun.number)
-        self.begun(number, key, begun.op, begun.cursor)
-        for name in steps:
-            self.step(number, name)
+    def adopt(self, begun: Begun, number: int) -> None:
+        """This worker goes on with what an earlier one had begun. `number`: that the request has now."""
+        self.own.add(begun.number)
+        if number not in (begun.number, *self._adopted):
+            self._adopted[number] = begun.number
+            self._write(Adopted(number, begun.number))
 
     def step(self, number: int, name: str) -> None:
         """Write down that an operation is about to send a command."""
-        entry = self._begun.get(number)
-        if entry is not None and name not in entry[1]:
-            entry[1].append(name)
+        number = self._adopted.get(number, number)
+        left = self._begun.get(number)
+        if left is not None and name not in left.steps:
+            left.steps.append(name)
             self._write(Step(number, name))
 
-    def finish(self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True) -> list[int]:
-        """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too."""
-        self._begun.pop(number, None)
-        self.own.discard(number)
-        numbers = self._running.pop(key, []) if key else []
+    def stepped(self, number: int, name: str, error: dict[str, Any] | None) -> None:
+        """Write down how QEMU has answered it; `error`: as it goes over the wire, None if it was carried out."""
+        number = self._adopted.get(number, number)
+        left = self._begun.get(number)
+        if left is not None:
+            left.answers[name] = error
+            self._write(Stepped(number, name, error))
+
+    def finish(
+        self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True, again: bool = False
+    ) -> list[int]:
+        """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too.
+
+        `again`: nothing was done. It is the answer of these requests, and the next one with their key is carried out.
+        """
+        lasting = self._end(number) or lasting
+        # One that was refused before it began ends nothing: another request with its key may be running.
+        numbers = self._running.pop(key) if number in self._running.get(key, ()) else [number]
+        key = b"" if again else key
         if lasting or key:
             answer = Answered(number, key, kind, body)
             self._remember(answer)
             if lasting:
                 self._write(answer)
-        return numbers or [number]
+        return numbers
 
     def fileno(self) -> int:
         """The file's fd; -1 while there is none."""
@@ -177,10 +223,19 @@ class Answers:
                 del self._number_of[answer.key]
 
     def _note_begun(self, begun: Begun) -> None:
-        self._begun[begun.number] = (begun, [])
+        self._begun[begun.number] = Left(begun, [], {})
         while len(self._begun) > MAX_ANSWERS:
-            forgotten, _ = self._begun.popitem(last=False)
-            self.own.discard(forgotten)
+            self._end(next(iter(self._begun)))
+
+    def _end(self, number: int) -> bool:
+        """The operation of a request is over, or forgotten. False if none was begun for it."""
+        begun = self._adopted.get(number, number)
+        if self._begun.pop(begun, None) is None:
+            return False
+        self.own.discard(begun)
+        for request in [request for request, adopted in self._adopted.items() if adopted == begun]:
+            del self._adopted[request]
+        return True
 
     # -- the file -------------------------------------------------------------------------------------------------------------
 
@@ -207,12 +262,19 @@ class Answers:
 
     def _take(self, entry: _Entry) -> None:
         if isinstance(entry, Answered):
-            self._begun.pop(entry.number, None)
+            self._end(entry.number)
             self._remember(entry)
         elif isinstance(entry, Begun):
             self._note_begun(entry)
-        elif entry.number in self._begun:
-            self._begun[entry.number][1].append(entry.name)
+        elif isinstance(entry, Adopted):
+            if entry.begun in self._begun:
+                self._adopted[entry.number] = entry.begun
+        elif (left := self._begun.get(entry.number)) is None:
+            return
+        elif isinstance(entry, Step):
+            left.steps.append(entry.name)
+        else:
+            left.answers[entry.name] = entry.error
 
     def _write(self, entry: _Entry) -> None:
         if self._path is None:
@@ -270,9 +332,11 @@ class Answers:
 
     def _entries(self) -> list[_Entry]:
         entries: list[_Entry] = list(self._answers.values())
-        for begun, steps in self._begun.values():
-            entries.append(begun)
-            entries += [Step(begun.number, name) for name in steps]
+        for number, left in self._begun.items():
+            entries.append(left.begun)
+            entries += [Step(number, name) for name in left.steps]
+            entries += [Stepped(number, name, error) for name, error in left.answers.items()]
+        entries += [Adopted(number, begun) for number, begun in self._adopted.items()]
         return entries
 
     def _note_trouble(self, error: OSError) -> None:

@@ -28,7 +28,6 @@ from ..common.settings import Settings
 from ..common.sockets import ipc
 from ..common.wire import BadFrame, Kind, Message, decode, encode
 from .answers import Answers
-from .beginnings import resume
 from .events import EventLog
 from .handling import Handling
 from .journal.store import RETRY_SECONDS, EventStore
@@ -38,6 +37,7 @@ from .loop import WorkerLoop
 from .order import Order
 from .predecessor import Predecessor
 from .requests import Requests
+from .resumption import give_up_connections, resume
 from .stack import StackFile
 from .status import status_of
 from .vm import Vm
@@ -93,8 +93,6 @@ class App:
             self.events,
             self._keeper,
             self._status_soon,
-            self.requests.inherit,
-            self.requests.inherit_agent,
         )
         self.handling = Handling(self.vm, page, paths.etc, self._make_way)
         self._link = Link(loop, context, ipc(paths.worker_socket), self._on_frame, self._hello, settings.worker.outbox)
@@ -105,16 +103,16 @@ class App:
         """Serve until there is nothing left to do. `kept`, `agent`: the monitor's and the guest agent's connection from an earlier
         worker of this run."""
         self.loop.page_selector.on_blocked = self._on_blocked
+        self.events.tell_of_predecessor()
         if self.vm.alive:
-            self.events.tell_of_predecessor()
             self._tell_of_predecessor()
+        else:
+            self.vm.tell_end_of_run()
         self._page.words[Word.LEFT] = 0
         if self.vm.alive:
-            resume(self.vm, self.handling, kept, agent, self._predecessor)
+            resume(self.vm, self.handling, self.requests, self._page, kept, agent, self._predecessor)
         else:
-            for connection in (kept, agent):
-                if connection is not None:
-                    connection.close()
+            give_up_connections(self.vm, kept, agent)
         await self._until_over()
         await self.requests.settle()
         if self.vm.alive:
@@ -174,6 +172,8 @@ class App:
         task, stack = self._page.held_up_in or self._page.task(), self._stack.take()
         self._page.held_up_in = ""
         log.error("VM %s: the loop was held up for %.1f s (%s)\n%s", self.name, seconds, task or "?", stack)
+        if not self._page.words[Word.EPOCH]:
+            return  # no run has begun, so there is no stream to tell it in
         began = time.time_ns() // 1000 - int(seconds * 1e6)
         data = {"seconds": round(seconds, 3), "task": task, "stack": stack}
         self.loop.call_soon(lambda: self.events.emit("LOOP_BLOCKED", data, at=began))

@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ways in which a run of a VM begins: start (launch a QEMU), attach (adopt one), resume (a new worker under a running one).
+"""Two of the three ways in which a run of a VM begins: start (launch a QEMU) and attach (adopt one). The third is in resumption.py.
 
-Called by verbs/lifecycle.py and app.py; vm.py has what they share, and everything that follows.
+Called by verbs/lifecycle.py; vm.py has what they share, and everything that follows.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import msgspec
 
-from ..common.definition import AGENT_ID, AgentSection, Definition, definition_from_mapping
+from ..common.definition import AGENT_ID, AgentSection, Definition
 from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, LaunchFailed, VmloopError
 from ..common.process import ProcessGone, boot_id
 from ..common.states import VmState
 from .handling import Handling
-from .predecessor import Predecessor
 from .qemu.adopt import connect_monitor, find_process
 from .qemu.launch import launch, log_tail, mark_of
 from .qemu.recognise import recognise
-from .recognition import FACT, UNRECOGNISED, WAY_OUT, hold_again
+from .recognition import WAY_OUT
 from .run_page import Fact
 from .runfile import Run
 from .transitions import Move
@@ -134,46 +132,6 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
         raise
 
 
-def resume(
-    vm: Vm, handling: Handling, kept: socket.socket | None, agent: socket.socket | None, predecessor: Predecessor
-) -> None:
-    """In a new worker: go on with the run that the last one left. `kept`, `agent`: the monitor's and the guest agent's connection, if
-    they outlived the worker."""
-    run = vm.run
-    assert run is not None
-    definition = _definition_of(run)
-    handling.begin(definition, predecessor)
-    section = definition.agent if definition is not None else AgentSection(enabled=run.agent is not None)
-    port = AGENT_PORT if run.launched else None
-    vm.agent.begin(run.agent, section, port, taken_over=True)
-    vm.agent.take_over(agent, vm.inherit_agent)
-    if kept is not None and vm.page_lost:
-        vm.give_up_connection(kept)
-        kept = None
-    if run.boot_id != boot_id():
-        vm.finish("the host was restarted under it", "host-reboot")
-    elif not hold_again(vm, kept):
-        if kept is not None:
-            vm.take_over(kept, run)
-        vm.finish("it ended while no worker watched")
-    elif kept is not None:
-        vm.take_over(kept, run)
-    else:
-        vm.give_up_owed()
-        vm.reconnection.begin(UNRECOGNISED if FACT in vm.facts else "monitor-lost")
-
-
-def _definition_of(run: Run) -> Definition | None:
-    """What the run was started from; None if it was attached, or by a vmloop whose definitions this one does not understand."""
-    if run.definition is None:
-        return None
-    try:
-        return definition_from_mapping(run.definition, f"run {run.epoch}")
-    except ConfigError as error:
-        log.error("the definition that the run was started from is not understood: %s", error)
-        return None
-
-
 def _refuse_alive(vm: Vm) -> None:
     if vm.alive:
         raise AlreadyRunning(f"VM {vm.name} is {vm.state.state.value} already")
@@ -224,7 +182,7 @@ async def _abandon_launch(vm: Vm, error: VmloopError | OSError) -> None:
             raise DeadlineExceeded(
                 f"VM {vm.name}: {error}; its QEMU (pid {process.pid}) does not end either"
             ) from error
-    tail = log_tail(vm.paths)
+    tail = log_tail(vm.paths, vm.run.epoch if vm.run is not None else 0)
     why = f"QEMU {vm.exit_text}" if ended_by_itself and vm.exit_text else str(error)
     last = tail.splitlines()[-1] if tail else "nothing was printed"
     raise LaunchFailed(f"VM {vm.name} did not start: {why}: {last}", log=tail) from error

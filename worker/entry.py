@@ -23,6 +23,7 @@ from typing import Any
 import tenacity
 import zmq
 
+from ..common.durable import set_aside
 from ..common.log import log_to_file
 from ..common.names import VmName, vm_name
 from ..common.page import Page, PageDamaged, Word
@@ -31,6 +32,7 @@ from ..common.process import identify
 from ..common.settings import Settings
 from ..common.zygote_wire import WorkerSpec
 from .app import App
+from .epochs import leave_epoch
 from .handlers.forks import forked, guard_forks
 from .loop import WorkerLoop
 from .memory import limit_memory
@@ -99,7 +101,7 @@ def _serve(
     # Ctrl-C in a terminal is not for workers, and SIGTERM means the host is going down: QEMU's own end is awaited, not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    monitor, agent = (socket.socket(fileno=kept.pop(slot)) if slot in kept else None for slot in ("monitor", "agent"))
+    monitor, agent = (_connection(slot, kept.pop(slot)) if slot in kept else None for slot in ("monitor", "agent"))
     for fd in kept.values():
         os.close(fd)
     app = App(loop, context, name, paths, settings, page, predecessor, stack)
@@ -113,10 +115,23 @@ def _serve(
         loop.close()
         context.term()  # bounded by the sockets' linger
     if app.forget:
-        logging.shutdown()
-        for directory in (paths.vm(name).state, paths.vm(name).run):
-            remove_directory(directory)
+        _forget(app)
     return WorkerExit.DONE
+
+
+def _connection(slot: str, fd: int) -> socket.socket | None:
+    """A connection that the zygote kept. None if the fd is none of ours, which is closed: the VM is served over a new one."""
+    try:
+        connection = socket.socket(fileno=fd)
+    except OSError as error:
+        log.error("what was kept as the %s is no connection: %s", slot, error)
+        os.close(fd)
+        return None
+    if (connection.family, connection.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
+        return connection
+    log.error("what was kept as the %s is another kind of socket: %s", slot, connection)
+    connection.close()
+    return None
 
 
 def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
@@ -131,16 +146,25 @@ def _run(loop: WorkerLoop, work: Coroutine[Any, Any, None]) -> None:
             log.error("a task of a handler tried to end the worker: %r", error)
 
 
+def _forget(app: App) -> None:
+    """Remove the VM's directories; its last epoch stays, if need be on the page."""
+    kept = leave_epoch(app.paths, app.vm.run, app.events.newest_epoch)
+    logging.shutdown()
+    remove_directory(app.paths.state)
+    if kept or leave_epoch(app.paths, app.vm.run, app.events.newest_epoch):  # on a full disk there is room now
+        remove_directory(app.paths.run)
+
+
 def _open_page(paths: VmPaths, stack: StackFile, last_exit: int | None) -> tuple[Page, Predecessor]:
     """The VM's page, with this worker's identity on it, and what it said of the worker before.
 
-    A damaged one is replaced: it holds nothing that cannot be asked again.
+    A damaged one is set aside: what was in flight, and how far the connections were read, went with it (docs/architecture.md, "A worker is
+    killed"), and whoever wants to know how that came about has it still.
     """
     try:
         page = _map_page(paths.page)
     except PageDamaged as error:
-        log.warning("%s; it is replaced", error)
-        paths.page.unlink()
+        log.error("%s; it was moved to %s", error, set_aside(paths.page))
         page = _map_page(paths.page)
     crashed = last_exit is not None and last_exit < 0 and last_exit != -signal.SIGKILL
     predecessor = Predecessor(

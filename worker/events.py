@@ -151,8 +151,8 @@ class EventLog:
 
     @property
     def cursor(self) -> Cursor:
-        """The newest event that is settled: its number is never given again."""
-        return Cursor(self._words[Word.EPOCH], self._settled)
+        """The newest event that is settled: its number is never given again. Before the first run on this page: of the journal."""
+        return Cursor(self._words[Word.EPOCH], self._settled) if self._words[Word.EPOCH] else self._store.last
 
     @property
     def newest_epoch(self) -> int:
@@ -207,9 +207,9 @@ class EventLog:
                 self._untold.append((event, pack(event.to_wire())))
             self._tell()
         last = self._store.last
-        if last.epoch == epoch and last.seq < self._settled:
-            reason = "they were not written down before their worker ended"
-            self._tell_lost(Cursor(epoch, last.seq + 1), self.cursor, reason)
+        if self._settled and last < self.cursor:
+            first = Cursor(epoch, last.seq + 1 if last.epoch == epoch else 1)
+            self._tell_lost(first, self.cursor, "they were not written down before their worker ended")
         if self._store.repaired:
             log.warning("VM %s: journal: %s", self._name, self._store.repaired)
 
@@ -367,11 +367,9 @@ class EventLog:
             self.on_trouble(self._trouble)
         if (span := store.truncated()) is not None:
             self._tell_lost(*span, "the journal is full: its oldest part was dropped")
-        if (span := store.lost()) is not None:
-            self._tell_lost(
-                *span,
-                f"they could not be written down ({self._trouble or 'the disk was full'}), and were too many to keep",
-            )
+        # Only when the disk is back: told of in memory, a loss would push out the next event, and that again.
+        if not self._trouble and (span := store.lost()) is not None:
+            self._tell_lost(*span, "the disk took nothing for a while, and they were too many to keep in memory")
 
     def _tell_lost(self, first: Cursor, last: Cursor, reason: str) -> None:
         self.emit("JOURNAL_TRUNCATED", {"first": str(first), "last": str(last), "reason": reason})

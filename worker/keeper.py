@@ -56,7 +56,7 @@ class Keeper:
     def keep_again(self) -> None:
         """A new zygote is there: give it everything."""
         self._hang_up()
-        self._orphan.again()
+        self._later(self._tell_again())
         for slot in tuple(self._kept):
             self._later(self._send_kept(slot))
 
@@ -95,15 +95,26 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _send_kept(self, slot: str) -> None:
-        retrying = tenacity.AsyncRetrying(
+    @staticmethod
+    def _retrying() -> tenacity.AsyncRetrying:
+        return tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(OSError),
             wait=tenacity.wait_exponential(multiplier=0.02, max=1.0),
             stop=tenacity.stop_after_delay(KEEP_SECONDS),
             reraise=True,
         )
+
+    async def _tell_again(self) -> None:
         try:
-            async for attempt in retrying:
+            async for attempt in self._retrying():
+                with attempt:
+                    self._orphan.again()
+        except OSError as error:
+            log.warning("the new zygote does not hear of this VM's QEMU (%s): its end as an orphan is not known", error)
+
+    async def _send_kept(self, slot: str) -> None:
+        try:
+            async for attempt in self._retrying():
                 with attempt:
                     if slot in self._kept:
                         self._send(Keep(self._name, slot), [self._kept[slot]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -32,6 +33,8 @@ from ..common.wire import KIND_AT, Kind
 log = logging.getLogger(__name__)
 
 _EVENT: Final = bytes((Kind.EVENT,))
+# For what still waits for room at the end, the goodbye among it: a broker that lives takes it within milliseconds.
+LAST_FRAMES_SECONDS: Final = 0.5
 BATCH: Final = 64  # messages taken before the loop's other work gets its turn
 
 
@@ -101,13 +104,20 @@ class Link:
         return [] if self._closed else [edge_fd(self._socket), edge_fd(self._watch)]
 
     def close(self) -> None:
-        """Stop; what was sent still leaves within the socket's linger."""
+        """Stop; what was sent still leaves within the socket's linger, and what waits for room has `LAST_FRAMES_SECONDS`."""
+        self._send_rest()
         self._closed = True
         self._loop.remove_reader(edge_fd(self._socket))
         self._loop.remove_reader(edge_fd(self._watch))
         self._socket.disable_monitor()
         self._watch.close()
         self._socket.close()
+
+    def _send_rest(self) -> None:
+        until = time.monotonic() + LAST_FRAMES_SECONDS
+        while self.connected and self._outbox and (left := until - time.monotonic()) > 0:
+            if self._socket.poll(int(left * 1000) + 1, POLLOUT):
+                self._flush()
 
     def _turn(self) -> None:
         """Drain what has come in, then what waits to go out."""

@@ -25,40 +25,45 @@ from ..common.zygote_wire import Exited, Watch, receive_packet, send_packet
 log = logging.getLogger(__name__)
 
 # The zygote reaps and tells within a millisecond; a VM's end is not held up longer for it.
-STATUS_SECONDS: Final = 0.1
+STATUS_SECONDS: Final = 0.05
 
 
 class Orphan:
-    """What the zygote knows of one VM's QEMU. Never raises: without a zygote the status is not known."""
+    """What the zygote knows of one VM's QEMU. Without a zygote the status is not known."""
 
     def __init__(self, path: Path, name: VmName) -> None:
         """`path`: run/zygote.sock."""
         self._path = path
         self._name = name
         self._pid: int | None = None
+        self._own = False  # it is this worker's child, so far
         self._connection: socket.socket | None = None  # to the zygote, while it is to tell us
 
     def announce(self, pid: int) -> None:
         """This worker's own child: only the zygote must know whose it is."""
-        self._pid = pid
-        connection = self._say(pid)
-        if connection is not None:
-            connection.close()
+        self.close()
+        self._pid, self._own = pid, True
+        self._try()
 
     def watch(self, pid: int) -> None:
         """Somebody else's child: be told how it ends."""
         self.close()
-        self._pid = pid
-        self._connection = self._say(pid)
+        self._pid, self._own = pid, False
+        self._try()
 
     def again(self) -> None:
-        """Another zygote is there (the control `keep`): it must know too. What the one before has told stays."""
-        if self._pid is None:
+        """Another zygote is there (the control `keep`): it must know too. What the one before has told stays.
+
+        Raises OSError if it cannot be told now.
+        """
+        if self._pid is None or (self._connection is not None and self._has_been_told(self._connection)):
             return
-        if self._connection is None:
-            self.announce(self._pid)
-        elif not self._has_been_told(self._connection):
-            self.watch(self._pid)
+        self.close()
+        connection = self._say(self._pid)
+        if self._own:
+            connection.close()
+        else:
+            self._connection = connection
 
     def status(self, seconds: float = STATUS_SECONDS) -> int | None:
         """How it ended, negative for a signal, as in `os.waitstatus_to_exitcode`; None if that is not known within the time.
@@ -99,16 +104,23 @@ class Orphan:
         except OSError:  # nothing, so far
             return False
 
-    def _say(self, pid: int) -> socket.socket | None:
+    def _try(self) -> None:
+        try:
+            self.again()
+        except OSError as error:
+            log.warning(
+                "the zygote was not told of QEMU %d: should it be orphaned now, its end is not known: %s",
+                self._pid,
+                error,
+            )
+
+    def _say(self, pid: int) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.setblocking(False)
         try:
             connection.connect(os.fspath(self._path))
             send_packet(connection, Watch(self._name, pid))
-        except OSError as error:
+        except OSError:
             connection.close()
-            log.warning(
-                "the zygote was not told of QEMU %d: should it be orphaned, its end is not known: %s", pid, error
-            )
-            return None
+            raise
         return connection

@@ -45,6 +45,7 @@ class Reconnection:
         self._task: asyncio.Task[None] | None = None
         self._lost_at: float | None = None  # seconds since 1970; None if that was under an earlier worker
         self._failed = False
+        self._unmarked = False  # events may be missing in the stream, and nothing there says so yet
         self._held: list[Said] | None = None
         self._dropped = 0
 
@@ -60,11 +61,17 @@ class Reconnection:
 
     def lost(self) -> None:
         """The connection has ended just now."""
-        self._lost_at = time.time()
+        if not self._unmarked:
+            self._lost_at = time.time()
+
+    def unwatched(self) -> None:
+        """No connection has outlived the worker before this one."""
+        self._unmarked = self._vm.came_up
 
     def begin(self, reason: str = "monitor-lost") -> None:
         """The process lives, or may live: seek its monitor. A VM that has never come up is still `starting`."""
         vm = self._vm
+        self.unwatched()
         if vm.came_up and vm.state.can(VmState.UNKNOWN):
             vm.state.move(VmState.UNKNOWN, reason)
         self._failed = False
@@ -73,6 +80,23 @@ class Reconnection:
     def cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+    def give_up(self) -> bool:
+        """The run is over: a gap that is not marked yet is marked now, and what was held back is handed out. Whether there was one."""
+        self.cancel()
+        held, self._held = self._held or [], None
+        unmarked = self._unmarked
+        if unmarked:
+            self._mark(self._newest(), time.time(), {})
+        for said in held:
+            self._vm.on_event(*said)
+        return unmarked
+
+    def _newest(self) -> float | None:
+        """When QEMU last said something, as far as the newest events tell."""
+        newest = self._vm.events.cursor
+        few = self._vm.events.since(Cursor(newest.epoch, max(newest.seq - AT_ONCE, 0)))
+        return max((event.time / 1e6 for event in few if event.origin == "qmp"), default=None)
 
     def holds_back(self, name: str, data: dict[str, Any], at: int) -> bool:
         """Whether an event of QEMU's has to wait until EVENTS_LOST is written."""
@@ -156,21 +180,23 @@ class Reconnection:
         if vm.run.agent is not None and (chardevs := await self._ask("query-chardev", deadline)) is not None:
             after.agent_port = is_port_open(chardevs, vm.run.agent)
         held, self._held = self._held or [], None
-        span = {
-            "since": self._lost_at or newest or vm.run.started,
-            "until": until,
-            "reason": "no connection to the monitor",
-        }
-        if self._dropped:
-            span["dropped"] = self._dropped
-        with vm.events.together():
-            vm.events.emit("EVENTS_LOST", {**span, "changed": difference(before, after)})
+        self._mark(newest, until, difference(before, after))
         for said in held[:seen]:
             vm.on_event(*said)
         vm.take_status(move)
         for said in held[seen:]:
             vm.on_event(*said)
         vm.look_at_agent()
+
+    def _mark(self, newest: float | None, until: float, changed: dict[str, Any]) -> None:
+        """Say in the stream that events are missing. `newest`: when QEMU last said something, seconds since 1970."""
+        vm = self._vm
+        started = vm.run.started if vm.run is not None else until
+        span: dict[str, Any] = {"since": self._lost_at or newest or started, "until": until}
+        if self._dropped:
+            span["dropped"] = self._dropped
+        vm.events.emit("EVENTS_LOST", {**span, "reason": "no connection to the monitor", "changed": changed})
+        self._unmarked, self._dropped = False, 0
 
     async def _status(self, deadline: float) -> Move:
         status = await self._ask("query-status", deadline)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from ..common.cursor import Cursor
 from ..common.errors import (
     BadRequest,
+    Busy,
     DeadlineExceeded,
     Internal,
     NotRunning,
@@ -24,6 +26,7 @@ from ..common.errors import (
     TooLarge,
     VmloopError,
     WorkerLost,
+    error_from_wire,
 )
 from ..common.pack import MAX_MESSAGE_BYTES, pack
 from ..common.wire import HEADER_BYTES, Kind, Message
@@ -43,6 +46,10 @@ log = logging.getLogger(__name__)
 
 # Verbs that wait for the VM's end answer at once when it comes; this is only a guard.
 LAST_ANSWERS_SECONDS: Final = 2.0
+# Operations that come to nothing without the monitor: under the next worker they wait for it. The others see to it themselves.
+OF_THE_MONITOR: Final = frozenset({"pause", "resume", "reset"})
+# What a state change is noted with that an operation brings (worker/verbs/lifecycle.py).
+INTENTS: Final = {"start": "booted", "stop": "user", "pause": "user", "resume": "unpaused"}
 # Verbs keep the deadline themselves, and know what they waited for; this much later they are ended.
 VERB_GRACE: Final = 0.1
 
@@ -112,9 +119,8 @@ class Requests:
         if request.key and not self._answers.begin(request.key, request.number):
             return  # answered together with the one that runs
         if left is not None:
-            begun, steps = left
-            self._answers.adopt(begun, request.number, request.key)
-            request = msgspec.structs.replace(request, lasting=lasting, begun=begun, steps=steps)
+            self._answers.adopt(left.begun, request.number)
+            request = msgspec.structs.replace(request, lasting=lasting, left=left)
         else:
             request = msgspec.structs.replace(request, lasting=lasting)
             if verb.begins:
@@ -133,7 +139,14 @@ class Requests:
 
     def begun(self, request: Request) -> None:
         """Write down that an operation of several steps begins."""
-        self._answers.begun(request.number, request.key, request.op, self._app.events.cursor)
+        run = self._app.vm.run
+        newest = Cursor(run.epoch if run is not None else 0, 0)  # where page and journal are lost
+        self._answers.begun(request.number, request.key, request.op, max(self._app.events.cursor, newest))
+
+    def intent_left(self) -> str:
+        """The reason of the state change that an operation of an earlier worker is about to bring; "" if there is none."""
+        ops = [left.begun.op for left in self._answers.left()]
+        return next((INTENTS[op] for op in reversed(ops) if op in INTENTS), "")
 
     def inherit_agent(self, owed: AgentOwed) -> Done | None:
         """The same of a command to the guest agent."""
@@ -148,10 +161,13 @@ class Requests:
         if known is not None:  # it died between the answer and the end of its line
             self._app.reply(number, Kind(known.kind), known.body, self._loop.time())
             return None
-        if self._answers.is_left(number):  # a step of an operation, which the broker will ask for again
-            self._replies[number], done = awaited(self._loop)
-            self._replies[number].add_done_callback(_look_at)
-            return done
+        left = self._answers.left_by_predecessor(number)
+        if left is not None:  # the last step of an operation, which the broker will ask for again
+            self._replies[left.begun.number], answered = awaited(self._loop)
+            self._replies[left.begun.number].add_done_callback(_look_at)
+            if left.steps and left.steps[-1] not in left.answers:  # else it was entered, and not sent any more
+                return self._noting(number, left.steps[-1], answered)
+            return answered
         self._running.add(number)
         now = self._loop.time()
         request = Request(number, op, owed.deadline, now, owed.reading, owed.key, _no_parts, lasting=not owed.reading)
@@ -161,27 +177,52 @@ class Requests:
 
     # -- they are carried out ---------------------------------------------------------------------------------------------------
 
-    async def command(
-        self, request: Request, name: str, arguments: dict[str, Any] | None = None, *, deadline: float
-    ) -> Any:
+    async def command(self, request: Request, name: str, *, deadline: float) -> None:
         """A QMP command that is one step of an operation: sent once, whichever worker carries the operation out.
 
-        Its `return`; None if an earlier worker had the answer already. Raises the error tree's members.
+        Raises the error tree's members.
         """
-        if name in request.steps and request.begun is not None:
-            reply = self._replies.pop(request.begun.number, None)
-            if reply is None:
-                return None
+        left = request.left
+        if left is not None and name in left.steps:
+            if name in left.answers:
+                if (error := left.answers[name]) is not None:
+                    raise error_from_wire(error)
+                return
+            reply = self._replies.pop(left.begun.number, None)
+            if reply is None and self._app.vm.page_lost:
+                text = f"VM {self._app.name}: {name} may have been sent by the worker before this one; look at the VM before you repeat it"
+                raise OutcomeUnknown(text)
             try:
-                async with asyncio.timeout_at(deadline):
-                    return await reply
+                if reply is not None:
+                    async with asyncio.timeout_at(deadline):
+                        await reply
+                    return
             except TimeoutError:
                 text = f"{name}: QEMU has not answered in time; the command lives on"
                 raise DeadlineExceeded(text, command=name) from None
-        session = self._app.vm.require_session()
-        self._answers.step(request.number, name)
-        seconds = deadline - self._loop.time()
-        return await session.execute(name, arguments, seconds=seconds, reading=False, request=request.number)
+            except WorkerLost:
+                log.info("VM %s: %s was cut off while it was sent; it is sent again", self._app.name, name)
+        future, answered = awaited(self._loop)
+        self._app.vm.require_session().submit(
+            name,
+            None,
+            done=self._noting(request.number, name, answered),
+            deadline=deadline,
+            reading=False,
+            request=request.number,
+            entered=lambda: self._answers.step(request.number, name),
+        )
+        await future
+
+    def _noting(self, number: int, name: str, answered: Done) -> Done:
+        """Write down how QEMU answers a step, while its line is being dealt with: what is struck out of the ledger is in the answers."""
+
+        def done(value: Any, error: VmloopError | None) -> None:
+            if not isinstance(error, WorkerLost):  # it was cut off, and is sent again
+                self._answers.stepped(number, name, error.to_wire() if error is not None else None)
+            answered(value, error)
+
+        return done
 
     def _run_direct(self, verb: Verb, request: Request, arguments: Any, *, repeated: bool) -> None:
         """The short way for qmp, hmp and agent: no task if nothing is in the way."""
@@ -240,7 +281,7 @@ class Requests:
         app = self._app
         try:
             async with asyncio.timeout_at(request.deadline + VERB_GRACE):
-                if request.begun is not None and request.op != "kill":
+                if request.begun is not None and request.op in OF_THE_MONITOR:
                     await self._until_connected(request)
                 if verb.lane is Lane.TURN:
                     async with app.order.turn(request.op, request.deadline):
@@ -291,7 +332,9 @@ class Requests:
             )
             kind, body = Kind.ERROR, pack(TooLarge(text, limit=MAX_MESSAGE_BYTES).to_wire())
         self._app.send_status_if_due()  # who reads the answer and then asks for the list must see what the answer says
-        for number in self._answers.finish(request.number, request.key, kind, body, lasting=request.lasting):
+        again = isinstance(error, (WorkerLost, Busy))
+        answers = self._answers
+        for number in answers.finish(request.number, request.key, kind, body, lasting=request.lasting, again=again):
             self._running.discard(number)
             self._app.reply(number, kind, body, request.received)
 

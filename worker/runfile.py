@@ -22,7 +22,7 @@ from ..common.cursor import Cursor
 from ..common.durable import set_aside, write_whole
 from ..common.paths import JOURNAL, VmPaths
 from ..common.process import Identity, boot_id
-from .qemu.adopt import is_refused
+from .qemu.launch import mark_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ class Run(msgspec.Struct, frozen=True):
     qemu_version: str = ""
     definition: dict[str, Any] | None = None  # what this run was started from
     ended: RunEnd | None = None
+    began: int = 0  # the epoch that it began with, if its page was lost since and its events go on in a later one
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch of its first event."""
+        return self.began or self.epoch
 
 
 def over(run: Run, state: str, reason: str, newest: Cursor, at: float | None = None) -> Run:
@@ -94,15 +100,12 @@ def _put_aside(path: Path, damage: Exception) -> None:
 def salvage_run(paths: VmPaths, epoch: int, *, attached: bool) -> Run:
     """What can still be said of the newest run when its file was damaged. `epoch` and `attached` as the status page has them.
 
-    A QEMU that vmloop launched holds its listening monitor socket as long as it lives: refused there means gone. Anything else is not
-    known, and is never read as the run's end.
+    A QEMU that vmloop launched may live: it is sought by its mark (qemu/recognise.py). An attached one can only be attached again.
     """
     run = Run(epoch=max(epoch, 1), boot_id=boot_id(), monitor=os.fspath(paths.monitor_socket), launched=not attached)
     if attached:
         return msgspec.structs.replace(run, ended=RunEnd("unknown", "its run.json was damaged", time.time()))
-    if is_refused(run.monitor):
-        return msgspec.structs.replace(run, ended=RunEnd("shutoff", "unknown", time.time()))
-    return run
+    return msgspec.structs.replace(run, may_kill=True, mark=mark_of(paths, None))
 
 
 def write_run(path: Path, run: Run) -> None:

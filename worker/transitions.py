@@ -74,13 +74,15 @@ def of_event(state: VmState, event: str, data: Mapping[str, Any], intent: str) -
     return None
 
 
-def of_end(*, killed: bool, started: bool, shutdown_seen: bool) -> Move:
-    """The final state of a run whose process is known to be gone."""
+def of_end(*, killed: bool, started: bool, shutdown_seen: bool, unseen: bool = False) -> Move:
+    """The final state of a run whose process is known to be gone. `unseen`: whatever QEMU said at its end, nobody heard it."""
     if killed:
         return Move(VmState.SHUTOFF, "destroyed")
     if not started:
         return Move(VmState.SHUTOFF, "failed")
-    return Move(VmState.SHUTOFF, "shutdown" if shutdown_seen else "crashed")
+    if shutdown_seen:
+        return Move(VmState.SHUTOFF, "shutdown")
+    return Move(VmState.SHUTOFF, "unknown" if unseen else "crashed")
 
 
 def of_ended(state: str, reason: str) -> Move:

@@ -20,22 +20,21 @@ from typing import Any, Final
 
 import msgspec
 
-from ..common.errors import MonitorLost, NotRunning, OutcomeUnknown, QmpError, VmloopError
+from ..common.errors import MonitorLost, NotRunning, QmpError
 from ..common.names import VmName
 from ..common.page import Page
 from ..common.paths import VmPaths
 from ..common.settings import WorkerSettings
 from ..common.states import MONITOR_MOVES, VM_MOVES, MonitorState, StateHolder, VmState
 from .agent.agent import GuestAgent
-from .agent.ledger import AgentOwed
+from .epochs import next_epoch
 from .events import Effect, EventLog
 from .keeper import Keeper
 from .qemu.process import QemuProcess, describe_exit
-from .qmp.commands import Command, Done
+from .qmp.commands import Command
 from .qmp.framing import LineReader
-from .qmp.ledger import Ledger, Owed
+from .qmp.ledger import Ledger
 from .qmp.session import QmpSession
-from .qmp.writer import end_connection
 from .reconnection import Reconnection
 from .run_page import Fact, RunPage
 from .runfile import Run, RunFile, clear_run_directory, over, read_run, salvage_run
@@ -63,14 +62,8 @@ class Vm:
         events: EventLog,
         keeper: Keeper,
         on_status: Callable[[], None],
-        inherit: Callable[[Owed], Done | None],
-        inherit_agent: Callable[[AgentOwed], Done | None],
     ) -> None:
-        """`on_status` is called whenever something that `list` shows has changed.
-
-        `inherit` gives for a command that an earlier worker sent whom to tell its answer, `inherit_agent` likewise for one of the guest
-        agent's; None if nobody waits for it.
-        """
+        """`on_status` is called whenever something that `list` shows has changed."""
         self.name = name
         self.paths = paths
         self.events = events
@@ -89,19 +82,18 @@ class Vm:
         self.gone = asyncio.Event()  # the run is over, or was let go; there is nothing left to do here
         self.file = RunFile(loop, paths.run_file, lambda trouble: self.set_fact("run_file", trouble))
         self._page = page
-        self._keeper = keeper
+        self.keeper = keeper
         self._on_status = on_status
-        self._inherit = inherit
-        self.inherit_agent = inherit_agent
         self._ending = False
         self._killed_for = ""  # the reason of a kill that is not the operator's
         self.reconnection = Reconnection(self)
         self._waiters = Waiters(loop)
         self.wait_until = self._waiters.wait
-        self._settling_in: asyncio.Task[None] | None = None
+        self.settling_in: asyncio.Task[None] | None = None
         self.page_lost = False  # of a run that goes on: how far its connection was read, and what it owed, is not known
         for event in events.unsettled:
             noted.put(event)
+        Ledger(page).release()  # its marks are compared with PROGRESS: before this worker's own events move that
         self._since = noted.since
         if self.run is not None and self.run.ended is None and noted.epoch >= self.run.epoch:
             # A later epoch on the page is one that a full disk did not take into run.json.
@@ -136,20 +128,23 @@ class Vm:
         """When the VM entered its state, seconds since 1970."""
         return self._since / 1e6
 
+    def require_run(self) -> None:
+        """Raises `NotRunning` unless there is a run."""
+        if not self.alive:
+            raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
+
     def require_session(self) -> QmpSession:
         """The monitor's session, negotiated. `NotRunning` without a run, `MonitorLost` without a connection."""
         if self.session is not None and self.session.settled:
             return self.session
-        if not self.alive:
-            raise NotRunning(f"VM {self.name} does not run (it is {self.state.state.value}); start it first")
+        self.require_run()
         raise MonitorLost(f"VM {self.name}: no connection to its monitor ({self.monitor.reason}); it is sought again")
 
     # -- the run --------------------------------------------------------------------------------------------------------------
 
     def begin_run(self, reason: str) -> int:
         """Count a new run and go to `starting`; its epoch."""
-        # run.json, the page or the journal may have been lost: a number is never given to two runs.
-        epoch = max(self.run.epoch if self.run is not None else 0, self.events.newest_epoch) + 1
+        epoch = next_epoch(self.paths, self.run, self.events.newest_epoch)
         self.events.begin_epoch(epoch)
         self.noted.begin()
         self._ending = False
@@ -160,15 +155,23 @@ class Vm:
     def _begin_lost_page(self, run: Run) -> None:
         """The numbers of this run's events went with its page: a new epoch, so that no number is given twice."""
         log.error("VM %s: the status page of its run is lost; its events go on in a new epoch", self.name)
-        epoch = max(run.epoch, self.events.newest_epoch) + 1  # one that run.json did not take
-        self.save_soon(msgspec.structs.replace(run, epoch=epoch))
+        epoch = next_epoch(self.paths, run, self.events.newest_epoch)
+        self.save_soon(msgspec.structs.replace(run, epoch=epoch, began=run.first_epoch))
         self.events.begin_epoch(epoch)
 
     def _settled_before(self, run: Run, move: Move) -> None:
         """An earlier worker came to the run's end, and died of it or could not write it down: what it left undone."""
-        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
-        self._keeper.drop()
+        self.keeper.drop()
         clear_run_directory(self.paths.run)
+        self.save_soon(over(run, move.state.value, move.reason, self.events.cursor, self.since))
+
+    def tell_end_of_run(self) -> None:
+        """An earlier worker has written down that the run is over, and may not have come to tell it, nor to clear away."""
+        noted = self.noted.state
+        if self.run is not None and self.noted.epoch == self.run.epoch and noted.state is not self.state.state:
+            self._on_state(noted.state, self.state.state, self.state.reason)
+        if self.state.state is VmState.SHUTOFF:  # a detached QEMU still has its sockets there
+            clear_run_directory(self.paths.run)
 
     def save(self, run: Run) -> None:
         """Write down what is known of the run. Raises OSError; the run goes on with it all the same."""
@@ -183,7 +186,7 @@ class Vm:
     def hold(self, process: QemuProcess) -> None:
         """This is the run's process: its end will be the run's."""
         self.process = process
-        self._keeper.follow(process.pid, own=process.own)
+        self.keeper.follow(process.pid, own=process.own)
         self.loop.add_reader(process.fileno(), self.finish, "")
 
     async def bring_up(self, connection: socket.socket, deadline: float) -> None:
@@ -194,7 +197,7 @@ class Vm:
 
     async def negotiate(self, connection: socket.socket, deadline: float) -> None:
         """Open a session on a fresh connection. Raises `MonitorLost` or `DeadlineExceeded`."""
-        session = self._open_session(connection)
+        session = self.open_session(connection)
         await session.negotiate(deadline - self.loop.time())
         assert self.run is not None
         version = ".".join(map(str, session.greeting.version)) if session.greeting else ""
@@ -203,7 +206,7 @@ class Vm:
     def keep_connection(self, connection: socket.socket) -> None:
         """Let the connection outlive this worker."""
         if connection.fileno() >= 0:
-            self._keeper.keep("monitor", connection.fileno())
+            self.keeper.keep("monitor", connection.fileno())
 
     async def settle_in(self, deadline: float) -> None:
         """On a negotiated session: find out what state the VM is in."""
@@ -237,47 +240,15 @@ class Vm:
     async def _query_chardevs(self) -> Any:
         return await self.require_session().execute("query-chardev", seconds=self.settings.launch)
 
-    def _open_session(self, connection: socket.socket) -> QmpSession:
+    def open_session(self, connection: socket.socket) -> QmpSession:
+        """Read from a connection to the monitor from here on."""
         reader = LineReader(connection, self._page, self.paths, self.events, self.settings.max_reply)
         self.monitor.move(MonitorState.CONNECTING, "connected")
         self.session = QmpSession(self.loop, connection, reader, self._page, self.settings, self)
         self.session.on_garbled = self._on_status
         return self.session
 
-    # -- taking over -----------------------------------------------------------------------------------------------------------
-
-    def take_over(self, connection: socket.socket, run: Run) -> None:
-        """Go on with the connection that an earlier worker read from."""
-        connection.setblocking(False)
-        session = self._open_session(connection)
-        session.take_over(oob=run.oob, answer=self._inherit)
-        self._keeper.keep("monitor", connection.fileno())
-        if self.came_up:
-            self.look_at_agent()
-        else:  # the worker before this one had not come so far
-            self._settling_in = self.loop.create_task(self._settle_in_late())
-
-    async def _settle_in_late(self) -> None:
-        try:
-            await self.settle_in(self.loop.time() + self.settings.launch)
-        except VmloopError as error:  # without a connection it is sought, and settled then
-            log.warning("VM %s: QEMU does not say what it is at: %s", self.name, error)
-
-    def give_up_connection(self, connection: socket.socket) -> None:
-        """A kept connection of which nobody knows how far it was read: end it everywhere, so that QEMU takes a new one."""
-        self._keeper.drop()
-        end_connection(connection)
-
-    def give_up_owed(self) -> None:
-        """No connection outlived the worker before this one: what it had sent and QEMU had not answered is not answered any more."""
-        ledger = Ledger(self._page)
-        for owed in ledger:
-            done = None if owed.reading else self._inherit(owed)  # what reads is asked again
-            if done is not None:
-                text = f"VM {self.name}: the connection to its monitor was lost before QEMU answered; look at the VM before you repeat it"
-                done(None, OutcomeUnknown(text))
-        ledger.clear()
-        ledger.release()
+    # -- what others ask of its connection -------------------------------------------------------------------------------------
 
     @property
     def connected(self) -> bool:
@@ -322,6 +293,7 @@ class Vm:
     def on_end(self, reason: str) -> None:
         """The connection ended by itself."""
         self.session = None
+        self.keeper.release("monitor")
         self.reconnection.lost()
         if self._ending:  # `settle` tells, after the agent's end
             return
@@ -378,15 +350,19 @@ class Vm:
         if self._ending:
             return
         self._ending = True
-        self.reconnection.cancel()
         if self.process is not None:
             self.loop.remove_reader(self.process.fileno())
         if self.session is not None:
             self.session.drain()
+        gap = self.reconnection.give_up()
+        status = None
         if self.process is not None:
-            self.exit_text = describe_exit(self.process.status() if self.process.own else self._keeper.exit_status())
+            status = self.process.status() if self.process.own else self.keeper.exit_status()
+            self.exit_text = describe_exit(status)
         killed, started = self.noted.has(Fact.KILLED), self.noted.has(Fact.STARTED)
-        move = of_end(killed=killed, started=started, shutdown_seen=self.noted.has(Fact.SHUTDOWN_SEEN))
+        move = of_end(
+            killed=killed, started=started, shutdown_seen=self.noted.has(Fact.SHUTDOWN_SEEN), unseen=gap and not status
+        )
         reason = reason or (self._killed_for if killed else "") or move.reason
         self.settle(Move(move.state, reason), why or f"QEMU {self.exit_text}")
 
@@ -400,12 +376,12 @@ class Vm:
         self.exit_text = self.exit_text or detail
         self.state.move(move.state, move.reason)
         assert self.run is not None
+        self.keeper.drop()
+        clear_run_directory(self.paths.run)
         try:
             self.save(over(self.run, move.state.value, move.reason, self.events.cursor))
         except OSError as error:
             log.error("VM %s: the end of its run cannot be written down: %s", self.name, error)
-        self._keeper.drop()
-        clear_run_directory(self.paths.run)
         self.gone.set()
         self.changed()
 
@@ -419,7 +395,7 @@ class Vm:
         self.let_go()
         if self.state.can(VmState.UNKNOWN):
             self.state.move(VmState.UNKNOWN, "detached")
-        self._keeper.drop()
+        self.keeper.drop()
         self.gone.set()
         self.changed()
 
@@ -436,6 +412,7 @@ class Vm:
         session, self.session = self.session, None
         if session is not None:
             session.close(reason)
+            self.keeper.release("monitor")
         if self.monitor.can(MonitorState.LOST):
             self.monitor.move(MonitorState.LOST, reason)
 
@@ -444,6 +421,6 @@ class Vm:
         self.agent.close("the worker ends", over=False)
         if self.session is not None:
             self.loop.remove_reader(self.session.fileno())  # what comes from here on is the next worker's
-        if self._settling_in is not None:
-            self._settling_in.cancel()
+        if self.settling_in is not None:
+            self.settling_in.cancel()
         self.reconnection.cancel()

@@ -58,7 +58,10 @@ def _print(output: Output, event: Event) -> None:
     if output.as_json:
         import msgspec
 
-        output.json_line(msgspec.to_builtins(event))
+        fields = msgspec.to_builtins(event)
+        if event.journalled:
+            del fields["journalled"]  # only said of those that are not
+        output.json_line(fields)
         return
     output.event(time_of(event), event.vm, str(event.cursor), event.event, to_json(event.data) if event.data else "")
 

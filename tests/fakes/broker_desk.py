@@ -24,7 +24,7 @@ from vmloop.broker.roster import VmEntry
 from vmloop.common.names import VmName
 from vmloop.common.pack import pack, unpack
 from vmloop.common.settings import BrokerSettings, RestartSettings, Settings
-from vmloop.common.wire import FLAG_READING, Kind, Message, decode, encode
+from vmloop.common.wire import FLAG_READING, FLAG_REPEATED, Kind, Message, decode, encode
 
 A = TypeVar("A")
 
@@ -92,6 +92,9 @@ class Desk:
         settings = Settings(broker=broker or BrokerSettings(), restart=restart or RestartSettings())
         self.now = START
         self.looker = FakeLooker()
+        self.asked_to_keep: list[
+            bytes
+        ] = []  # workers that were asked at their HELLO to hand the zygote their connections
         self.core = HostCore(settings, FIRST_NUMBER, self.looker, 4242)
         self._pids = itertools.count(101)
         self._identities = itertools.count(1)
@@ -125,8 +128,9 @@ class Desk:
         seconds: float = 10.0,
         key: bytes = b"",
         reading: bool = False,
+        again: bool = False,
     ) -> bytes:
-        """Send a native request; the frame that was sent."""
+        """Send a native request; the frame that was sent. `again`: as one that was sent before."""
         frame = encode(
             Message(
                 kind=Kind.REQUEST,
@@ -135,7 +139,7 @@ class Desk:
                 id=id,
                 body=pack(args or {}),
                 key=key,
-                flags=FLAG_READING if reading else 0,
+                flags=(FLAG_READING if reading else 0) | (FLAG_REPEATED if again else 0),
                 seconds=seconds,
             )
         )
@@ -197,6 +201,9 @@ class Desk:
         self, worker: Worker, *, inherited: list[int] | None = None, epoch: int = 1, seq: int = 0, **status: Any
     ) -> None:
         self.say(Kind.HELLO, worker, {"inherited": inherited or [], **status}, epoch, seq)
+        keep = ToWorker(worker.identity, encode(Message(kind=Kind.CONTROL, op="keep")), 0)
+        self.asked_to_keep += [action.identity for action in self.core.actions if action == keep]
+        self.core.actions = [action for action in self.core.actions if action != keep]
 
     def status(self, worker: Worker, *, epoch: int = 1, seq: int = 0, **status: Any) -> None:
         self.say(Kind.STATUS, worker, status, epoch, seq)

@@ -62,8 +62,6 @@ class VmBench:
             events,
             Keeper(directory / "no-zygote", NAME),
             lambda: None,
-            lambda owed: None,
-            lambda owed: None,
         )
 
     # -- a run ----------------------------------------------------------------------------------------------------------------

@@ -30,12 +30,16 @@ class Root:
     def __init__(self) -> None:
         self.paths: Paths = paths_under(Path(tempfile.mkdtemp(prefix="vml-")))
         self.paths.create()
+        self._before = children()
 
     def close(self) -> None:
         root = self.paths.run.parent
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
             if pid in children():
+                os.waitpid(pid, 0)
+        for pid in children() - self._before:
+            if not Path(f"/proc/{pid}/cmdline").read_bytes():  # it has ended by itself, or is about to
                 os.waitpid(pid, 0)
         shutil.rmtree(root)
 

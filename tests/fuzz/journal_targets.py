@@ -77,6 +77,7 @@ def answer_files() -> list[bytes]:
         writer = Answers(root / "answers")
         writer.begun(5, b"k", "stop", Cursor(1, 2))
         writer.step(5, "system_powerdown")
+        writer.stepped(5, "system_powerdown", {"code": "qmp-error", "message": "no"})
         writer.finish(6, b"", 4, b"\x80")
         writer.close()
         made.append((root / "answers").read_bytes())

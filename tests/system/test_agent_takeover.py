@@ -94,13 +94,17 @@ def test_an_answer_that_comes_while_no_worker_lives_is_given(site: Site, vm: Vm,
     assert answer.result(SECONDS)["pid"] > 0
 
 
+@pytest.mark.parametrize("args", [(), ("-simulate", "agent_idless")], ids=["ids", "no ids"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_commands_in_line_are_each_carried_out_once_by_whichever_worker(
-    site: Site, vm: Vm, beside: ThreadPoolExecutor, how: signal.Signals
+    site: Site, host: Host, beside: ThreadPoolExecutor, how: signal.Signals, args: tuple[str, ...]
 ) -> None:
+    vm = started(host, site, *args)
     first = exec_in(vm)["pid"]
     simulate(vm, agent_slow=SLOW)
     answers = [on_the_wire(beside, site, lambda: exec_in(vm)) for _ in range(4)]
+    assert wait_for(lambda: host.stats("odd")[0].in_flight == 4, SECONDS)
+    assert not any(answer.done() for answer in answers)  # one on the wire, three behind it
     signal_process(worker_of(vm), how)
     pids = sorted(answer.result(SECONDS)["pid"] for answer in answers)
     simulate(vm, agent_slow=0.0)

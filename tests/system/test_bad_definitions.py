@@ -220,7 +220,7 @@ def test_a_damaged_definition_is_named_and_can_be_replaced(site: Site, host: Hos
 @pytest.mark.parametrize(
     "damage", [b"VMLPAGE", b"\0" * 4096, b"\xff" * 4096, b"x" * 9999], ids=["short", "zeros", "ones", "long"]
 )
-def test_a_damaged_page_is_replaced_and_the_vm_found_again(site: Site, host: Host, damage: bytes) -> None:
+def test_a_damaged_page_is_set_aside_and_the_vm_found_again(site: Site, host: Host, damage: bytes) -> None:
     site.define(host, "x")
     pid = host.vm("x").start().pid
     site.kill_broker()
@@ -232,24 +232,32 @@ def test_a_damaged_page_is_replaced_and_the_vm_found_again(site: Site, host: Hos
     fresh = site.host()
     fresh.vm("x").wait("running", timeout=15)
     assert (fresh.vm("x").show().pid, fresh.vm("x").qmp("query-status")["status"]) == (pid, "running")
+    assert [path.read_bytes() for path in shown.run.glob("page.damaged-*")] == [damage]
+    assert "page.damaged-" in shown.worker_log.read_text()
     with pytest.raises(AlreadyRunning):
         fresh.vm("x").start()
 
 
-def test_a_damaged_run_file_of_a_running_vm_is_never_read_as_its_end(site: Site, host: Host) -> None:
+@pytest.mark.parametrize("also", ["", "monitor_socket", "page"], ids=["alone", "and no socket", "and no page"])
+def test_a_damaged_run_file_of_a_running_vm_is_never_read_as_its_end(site: Site, host: Host, also: str) -> None:
     site.define(host, "x")
     pid = host.vm("x").start().pid
     assert pid is not None
     site.kill_broker()
     kill_worker(site, "x")
-    site.paths.vm(vm_name("x")).run_file.write_bytes(b"")
+    paths = site.paths.vm(vm_name("x"))
+    paths.run_file.write_bytes(b"")
+    if also:
+        getattr(paths, also).unlink()
     site.start_broker()
-    fresh = site.host()
+    vm = site.host().vm("x")
     try:
-        assert wait_for(lambda: fresh.vm("x").show().worker == "ready")
-        assert fresh.vm("x").show().state != "shutoff"
+        assert wait_for(lambda: vm.show().worker == "ready" and vm.show().pid == pid), vm.show()
+        assert vm.show().state != "shutoff"
+        assert vm.kill().state == "shutoff"
     finally:
-        kill_process(pid)
+        with contextlib.suppress(ProcessLookupError):
+            kill_process(pid)
 
 
 def test_foreign_files_in_the_state_directory_are_passed_over(site: Site, host: Host) -> None:

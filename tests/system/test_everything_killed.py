@@ -60,7 +60,7 @@ def test_again_and_again(managed: ManagedSite) -> None:
     for name in ("web1", "web2"):
         managed.define(host, name)
         host.vm(name).start()
-    for _ in range(3):
+    for number in (1, 2, 3):
         assert managed.manager.wait_for(["vmloop.monitor.web1", "vmloop.monitor.web2"])
         kill_everything(managed)
         managed.start_broker()
@@ -68,9 +68,10 @@ def test_again_and_again(managed: ManagedSite) -> None:
         for name in ("web1", "web2"):
             assert host.vm(name).qmp("query-status", timeout=SECONDS)["status"] == "running"
             events = list(host.events(name, since="1.0", follow=False))
-            assert "WORKER_LOST" in [event.event for event in events]
-            # What the killed worker had read already is not kept (that gap has another reason); what QEMU said since is not lost.
-            assert GAP not in [event.data.get("reason") for event in events]
+            told = [event.event for event in events]
+            assert told.count("WORKER_LOST") == number
+            assert "EVENTS_LOST" not in told
+            assert [(event.epoch, event.seq) for event in events] == [(1, seq) for seq in range(1, len(events) + 1)]
     host.vm("web1").kill()
     assert managed.manager.wait_for(["vmloop.monitor.web2"])
 
@@ -117,6 +118,35 @@ def test_foreign_fds_are_closed_and_those_of_vms_that_are_gone_are_removed(manag
     environ = Path(f"/proc/{zygote_of(managed)}/environ").read_bytes()
     assert b"LISTEN_" not in environ
     assert b"NOTIFY_SOCKET" not in environ
+
+
+def sockets_of(pid: int) -> set[str]:
+    links = (os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return {link for link in links if link.startswith("socket:")}
+
+
+def test_a_worker_that_outlived_broker_and_zygote_hands_the_next_zygote_its_connections(site: Site) -> None:
+    host = site.host()
+    site.define(host, "web1")
+    host.vm("web1").start()
+    [worker] = [vm.worker_pid for vm in host.list()]
+    assert worker is not None
+    assert site.broker is not None
+    for pid in (site.broker.pid, zygote_of(site)):
+        os.kill(pid, 9)
+    site.broker.wait()
+    site.start_broker()
+    host = site.host()
+    vm = host.vm("web1")
+    assert vm.qmp("query-status", timeout=SECONDS)["status"] == "running"
+    assert vm.show().worker_pid == worker
+    assert wait_for(lambda: sockets_of(worker) & sockets_of(zygote_of(site)))
+    cursor = vm.cursor()
+    os.kill(worker, 9)
+    assert vm.qmp("query-status", timeout=SECONDS)["status"] == "running"
+    told = [event.event for event in host.events("web1", since=cursor, follow=False)]
+    assert "WORKER_LOST" in told
+    assert "EVENTS_LOST" not in told
 
 
 def test_without_a_service_manager_the_gap_is_marked(site: Site) -> None:

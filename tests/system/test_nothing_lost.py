@@ -4,9 +4,13 @@ event is missing from the VM's stream or twice in it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -130,18 +134,30 @@ def test_a_stop_whose_workers_die_while_the_guest_takes_its_time_is_answered(sit
     assert names_of(stream_of(vm)).count("POWERDOWN") == 1
 
 
-def test_a_kill_whose_worker_dies_right_after_it_is_answered_as_done(site: Site, host: Host) -> None:
+@pytest.mark.parametrize("after", [0.0, 0.001, 0.003])
+def test_a_kill_whose_worker_dies_right_after_it_is_answered_as_done(site: Site, host: Host, after: float) -> None:
     vm = started(site, host)
     pid, worker = vm.show().pid, worker_of(vm)
     assert pid is not None
-    with host.events("web1") as events:
+    with open_process(pid) as qemu, open_process(worker) as pidfd, host.events("web1") as events:
         asked = Asked(vm.kill)
-        kill_process(worker)
+        assert select.select([qemu], [], [], SECONDS)[0]
+        wait_for(lambda: False, after)
+        with contextlib.suppress(ProcessLookupError):  # it was done with everything
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         assert asked.result().state == "shutoff"
         assert events.wait_for("VM_STATE", SECONDS).data["new"] == "shutoff"
-    assert names_of(stream_of(vm), "vmloop").count("VM_STATE") == len(
-        [event for event in stream_of(vm) if event.event == "VM_STATE"]
-    )
+    assert wait_for(lambda: vm.show().state == "shutoff")
+    assert [event.data["new"] for event in stream_of(vm) if event.event == "VM_STATE"].count("shutoff") == 1
+
+
+@contextlib.contextmanager
+def open_process(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8])
@@ -169,17 +185,18 @@ def test_a_start_whose_worker_dies_at_any_time_ends_with_one_vm_or_with_none(
 
 
 def test_a_definition_is_written_although_its_workers_die(site: Site, host: Host) -> None:
+    kills = 0
     for number in range(5):
         asked = Asked(lambda: site.define(site.host(), "web1", "-m", "64"))
         if wait_for(lambda: any(vm.worker_pid for vm in host.list()), 1.0):
             pid = host.list()[0].worker_pid
             if pid is not None:
-                try:
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
                     kill_process(pid)
-                except ProcessLookupError:
-                    continue  # it was done already
+                    kills += 1
         asked.result()
         assert host.vm("web1").show().defined, number
+    assert kills > 0
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------------
@@ -268,6 +285,41 @@ def test_a_subscriber_sees_every_event_once_across_the_deaths_of_broker_and_work
     ]
     assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
     assert seen == stream_of(vm)[: len(seen)]
+
+
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer"])
+def test_a_follower_sees_all_of_a_vm_that_was_undefined_and_defined_anew(site: Site, host: Host, longer: bool) -> None:
+    """Whether its first run has fewer events than the last one of the VM before, or more."""
+    vm = started(site, host)
+    vm.qmp("x-simulate", {"emit": {"event": "X_OLD"}, "count": 2 if longer else 40})
+    old = vm.cursor()
+    with host.events("web1", since=START) as stream:
+        stream.wait_for("X_OLD", SECONDS)
+        vm.kill()
+        host.undefine("web1")
+        vm = started(site, host)
+        vm.qmp("x-simulate", {"emit": {"event": "X_NEW"}, "count": 40 if longer else 2})
+        seen: list[Event] = []
+        while not seen or seen[-1].cursor < vm.cursor():
+            event = stream.get(SECONDS)
+            assert event is not None
+            seen.append(event)
+    new = [event for event in seen if event.epoch > old.epoch]
+    assert new == stream_of(vm)
+    assert new[0].seq == 1
+    assert [event.event for event in new].count("X_NEW") == (40 if longer else 2)
+    assert "EVENTS_LOST" not in [event.event for event in seen]
+
+
+def test_an_attached_vm_that_was_let_go_and_attached_again_counts_on(site: Site, host: Host) -> None:
+    """It has no definition: vmloop forgets it in between."""
+    started(site, host, "-qmp", f"unix:{site.root}/second.qmp")
+    assert host.attach("other", f"{site.root}/second.qmp").epoch == 1
+    host.vm("other").detach()
+    assert wait_for(lambda: not site.paths.vm(vm_name("other")).run.exists())
+    assert not site.paths.vm(vm_name("other")).state.exists()
+    assert host.attach("other", f"{site.root}/second.qmp").epoch == 2
+    host.vm("other").detach()
 
 
 def test_the_events_that_came_while_nobody_was_there_are_in_the_stream(site: Site, host: Host) -> None:

@@ -70,6 +70,18 @@ def test_a_start_that_fails_is_told_and_the_others_go_on() -> None:
     assert len(desk.take(BootServed)) == 1
 
 
+def test_one_that_a_killed_broker_had_started_is_no_failure() -> None:
+    desk = Desk()
+    desk.known("web1")
+    begun(desk, "web1")
+    [worker] = made(desk)
+    desk.hello(worker)
+    [request] = [message for message in desk.requests(worker) if message.kind is Kind.REQUEST]
+    desk.reply(worker, request, {"code": "already-running", "message": "VM web1 is running"}, kind=Kind.ERROR)
+    assert failures(desk) == []
+    assert len(desk.take(BootServed)) == 1
+
+
 def test_one_that_takes_too_long_is_told() -> None:
     desk = Desk()
     desk.known("web1")

@@ -241,6 +241,18 @@ def test_a_new_zygote_makes_every_ready_worker_hand_it_its_connections() -> None
     assert desk.core.actions == [control(ready, "keep")]
 
 
+def test_every_worker_that_presents_itself_hands_its_connections_to_the_zygote_that_is_there_now() -> None:
+    """It may have been born before it, and a broker that died with the zygote before tells nobody."""
+    desk = Desk()
+    worker = desk.worker("a")
+    again = desk.reconnected(worker)
+    desk.hello(again)
+    assert desk.asked_to_keep == [worker.identity, again.identity]
+    desk.exit(again)
+    desk.hello(again)
+    assert len(desk.asked_to_keep) == 2, "these are its last words"
+
+
 def test_idle_workers_are_told_to_leave_and_those_with_a_vm_are_not() -> None:
     desk = Desk()
     idle = desk.worker("a", alive=False, state="shutoff")

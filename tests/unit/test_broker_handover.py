@@ -4,16 +4,34 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from vmloop import __version__
-from vmloop.broker.spawner import ANSWER_SECONDS, Spawner
-from vmloop.broker.zygote_process import let_go
-from vmloop.common.zygote_wire import Drop, Fork, Hello, Keep, Quit, receive_packet, send_packet
+from vmloop.broker.packets import PacketPoll
+from vmloop.broker.spawner import ANSWER_SECONDS, START_SECONDS, Spawner
+from vmloop.broker.zygote_process import Former, let_go
+from vmloop.common.names import VmName
+from vmloop.common.zygote_wire import (
+    Drop,
+    Dropped,
+    Fork,
+    Hello,
+    Keep,
+    Kept,
+    NotForked,
+    Quit,
+    Retire,
+    Tell,
+    Told,
+    receive_packet,
+    send_packet,
+)
 
 from ..fakes.spawner_notes import WEB1, WEB2, FakeZygote, Notes, greet
 from ..fakes.zygote_process import SECONDS, Root, ZygoteProcess, readable
@@ -178,3 +196,108 @@ def test_a_process_that_is_not_surely_a_zygote_of_ours_is_left_alone(notes: Note
     notes.spawner.fork(WEB1)
     notes.tick(ANSWER_SECONDS + 1)  # it would be this very process
     assert [told[:2] for told in notes.next(2)] == [("new zygote",), ("forked", WEB1)]
+
+
+def test_answers_that_lie_here_unread_are_not_silence(notes: Notes, fake: socket.socket) -> None:
+    """As after a broker was stopped for long: it reads one packet in a turn."""
+    for name in (WEB1, WEB2):
+        notes.spawner.fork(name)
+        assert isinstance(receive_packet(fake)[0], Fork)
+        send_packet(fake, NotForked(name, "no memory"))
+    notes.ahead += ANSWER_SECONDS + 1
+    notes.spawner.turn()
+    notes.tick(ANSWER_SECONDS + 1)
+    assert notes.next(2) == [("not forked", WEB1, "no memory"), ("not forked", WEB2, "no memory")]
+    assert notes.spawner.next_due() is None
+
+
+def test_a_zygote_that_makes_one_worker_after_the_other_is_given_time_for_each(
+    notes: Notes, fake: socket.socket
+) -> None:
+    names = [VmName(f"vm{number}") for number in range(4)]
+    for name in names:
+        notes.spawner.fork(name)
+    for name in names[:3]:
+        notes.tick(ANSWER_SECONDS * 0.8)
+        send_packet(fake, NotForked(name, "no memory"))
+        assert [told[0] for told in notes.next()] == ["not forked"]
+    notes.tick(ANSWER_SECONDS + 1)
+    assert [told[:2] for told in notes.next(2)] == [("new zygote",), ("forked", names[3])], "it hangs after all"
+
+
+def asked_to_tell(notes: Notes, zygote: socket.socket) -> None:
+    """A handover is begun, and the old zygote has heard of it."""
+    notes.spawner.renew()
+    assert receive_packet(zygote)[0] == Tell()
+
+
+def test_what_the_old_zygote_has_told_and_nobody_has_read_is_not_silence(notes: Notes, fake: socket.socket) -> None:
+    asked_to_tell(notes, fake)
+    send_packet(fake, Dropped("web1"))
+    send_packet(fake, Told())
+    notes.tick(START_SECONDS + 1)
+    assert notes.next(2) == [("new zygote",), ("renewed", "")]
+    assert receive_packet(fake)[0] == Retire()
+
+
+def test_a_handover_that_cannot_pass_everything_on_fails_and_the_old_zygote_serves_on(
+    notes: Notes, fake: socket.socket
+) -> None:
+    asked_to_tell(notes, fake)
+    notes.spawner.fork(WEB1)
+    send_packet(fake, Kept("web2", "monitor"))
+    [(what, error)] = notes.next()
+    assert what == "renewed"
+    assert "web2" in error
+    assert isinstance(receive_packet(fake)[0], Fork), "also of what was asked meanwhile"
+    send_packet(fake, NotForked("web1", "no memory"))
+    assert notes.next() == [("not forked", WEB1, "no memory")]
+    notes.turn_until(lambda: not notes.zygotes())
+
+
+def test_a_handover_begun_on_a_zygote_that_has_just_died_goes_on_without_it(notes: Notes) -> None:
+    notes.spawner.start()
+    notes.fork()
+    notes.kill_zygote()
+    notes.spawner.renew()  # before the end of its connection has been read
+    assert notes.next(2) == [("new zygote",), ("renewed", "")]
+    [heir] = notes.zygotes()
+    notes.fork(WEB2)
+    os.kill(heir, signal.SIGKILL)
+    notes.turn_until(lambda: ("new zygote",) in notes.told)
+
+
+def test_a_fresh_zygote_that_is_asked_for_too_early_is_made_when_the_old_one_has_answered() -> None:
+    with ZygoteProcess() as old:
+        notes = Notes(old)
+        notes.spawner.start()
+        notes.spawner.renew()
+        assert notes.told == []
+        assert notes.next(2) == [("new zygote",), ("renewed", "")]
+        assert old.ended()
+        notes.spawner.close()
+
+
+def test_a_former_zygote_that_cannot_be_watched_for_want_of_an_fd_is_reaped_with_the_next() -> None:
+    poll = PacketPoll()
+    former = Former(poll)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as first,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as second,
+    ):
+        with open(os.devnull) as next_free:
+            lowest = next_free.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            former.add(first, kill=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+        former.add(second, kill=True)
+        assert first.returncode == -signal.SIGKILL
+        assert readable(poll.fileno())
+        poll.turn()
+        assert second.returncode == -signal.SIGKILL
+    former.close()
+    poll.close()

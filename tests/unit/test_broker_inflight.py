@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmloop.broker.inflight import MAX_HELD_BYTES, MAX_REPEATABLE_BYTES, Entry, InFlight
+from vmloop.broker.inflight import (
+    MAX_HELD_BYTES,
+    MAX_KEPT_BYTES,
+    MAX_KEPT_OF_VM_BYTES,
+    MAX_REPEATABLE_BYTES,
+    Entry,
+    InFlight,
+)
 from vmloop.common.deadlines import SLICE
 from vmloop.common.errors import Busy
 from vmloop.common.names import VmName
@@ -140,10 +147,33 @@ def test_a_sent_frame_is_kept_for_the_next_worker_unless_it_is_long(
     subject.sent(entry, b"worker")
     assert entry.sent_to == b"worker"
     assert len(entry.frame) == (size if kept else 0)
+    held = size if spawns else 0
     room = put(subject)
     with pytest.raises(Busy):
-        subject.hold_frame(room, bytes(MAX_HELD_BYTES - len(entry.frame) + 1))
-    subject.hold_frame(room, bytes(MAX_HELD_BYTES - len(entry.frame)))
+        subject.hold_frame(room, bytes(MAX_HELD_BYTES - held + 1))
+    subject.hold_frame(room, bytes(MAX_HELD_BYTES - held))
+
+
+def kept(subject: InFlight, vm: VmName, op: str = "qmp", client: bytes = b"c") -> bool:
+    """Whether the frame of one more request, of the longest that are kept, is kept."""
+    entry = put(subject, client, vm)
+    entry.op = op
+    return subject.keep_frame(entry, bytes(MAX_REPEATABLE_BYTES))
+
+
+def test_each_vm_has_its_share_of_what_is_kept_for_the_next_worker_and_all_together_have_theirs() -> None:
+    subject = table(per_client=10_000)
+    share = MAX_KEPT_OF_VM_BYTES // MAX_REPEATABLE_BYTES
+    for number in range(MAX_KEPT_BYTES // MAX_KEPT_OF_VM_BYTES):
+        vm = VmName(f"vm{number}")
+        assert [kept(subject, vm) for _ in range(share + 1)] == [True] * share + [False]
+    assert not kept(subject, WEB1)
+    assert kept(subject, VmName("vm0"), "kill"), "the next worker may be the first that can carry it out"
+    assert kept(subject, WEB1, client=b"")
+    for entry in subject.of_vm(VmName("vm1")):
+        subject.take(entry.number)
+    assert kept(subject, WEB1)
+    subject.hold_frame(put(subject), bytes(MAX_HELD_BYTES))
 
 
 def test_what_is_due_is_taken_out_and_the_rest_stays() -> None:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vmloop.broker.inflight import MAX_HELD_BYTES, MAX_REPEATABLE_BYTES, Entry, InFlight
+from vmloop.broker.inflight import MAX_HELD_BYTES, MAX_KEPT_OF_VM_BYTES, MAX_REPEATABLE_BYTES, Entry, InFlight
 from vmloop.common.deadlines import SLICE
 from vmloop.common.errors import Busy
 from vmloop.common.names import VmName
@@ -75,16 +75,21 @@ class Model(RuleBasedStateMachine):
             assert len(entry.frame) == size
 
     def held(self) -> int:
-        return sum(len(entry.frame) for entry in self.entries.values())
+        return sum(len(entry.frame) for entry in self.entries.values() if entry.held)
+
+    def kept(self, vm: VmName | None) -> int:
+        return sum(len(entry.frame) for entry in self.entries.values() if entry.vm == vm and not entry.held)
 
     @rule(choice=st.integers(0, 100))
     def send(self, choice: int) -> None:
         if waiting := [entry for entry in self.entries.values() if entry.sent_to is None]:
             entry = waiting[choice % len(waiting)]
-            before = len(entry.frame)
+            before, of_vm = len(entry.frame), self.kept(entry.vm)
             self.subject.sent(entry, b"worker")
-            keeps = entry.spawns or (entry.reading and before <= MAX_REPEATABLE_BYTES)
+            room = of_vm + before <= MAX_KEPT_OF_VM_BYTES or not entry.client
+            keeps = entry.spawns or (before <= MAX_REPEATABLE_BYTES and room)
             assert len(entry.frame) == (before if keeps else 0)
+            assert not before or entry.held == entry.spawns
 
     @rule(choice=st.integers(0, 100))
     def answer(self, choice: int) -> None:

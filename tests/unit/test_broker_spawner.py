@@ -115,6 +115,17 @@ def test_a_worker_is_told_all_it_needs(notes: Notes, fake: socket.socket) -> Non
     assert spec == WorkerSpec("web1", str(paths.run), str(paths.state), str(paths.etc), Settings())
 
 
+def test_all_workers_of_a_host_can_call_a_zygote_that_has_not_come_up_yet(notes: Notes) -> None:
+    notes.spawner.start()
+    [zygote] = notes.zygotes()
+    os.kill(zygote, signal.SIGSTOP)
+    callers = [notes.root.connect() for _ in range(300)]
+    os.kill(zygote, signal.SIGCONT)
+    for caller in callers:
+        caller.close()
+    notes.fork()
+
+
 # -- workers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +269,7 @@ def test_a_worker_whose_pidfd_did_not_arrive_costs_no_zygote(notes: Notes) -> No
     with zygote.listener:
         notes.spawner.start()
         with zygote.accept() as connection:
+            greet(notes, connection)
             send_packet(connection, Forked("web1", 4711), [connection.fileno()])
             assert readable(notes.spawner.fileno())
             with open(os.devnull) as next_free:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmloop import __version__
+from vmloop.broker.zygote import Peer, Zygote
 from vmloop.common.names import VmName
 from vmloop.common.process import identify
 from vmloop.common.zygote_wire import (
@@ -192,6 +194,43 @@ def test_a_broker_that_does_not_read_is_told_of_no_more_than_there_is_room_for(z
         end.close()
 
 
+def test_without_a_free_fd_it_says_what_it_cannot_pass_on_and_lives(
+    zygote: ZygoteProcess, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    mine, peer = pair
+    follower, worker, asks = zygote.connect(), zygote.connect(), zygote.connect()
+    send_packet(follower, Tell())
+    assert told(follower) == []
+    heard_all(zygote, worker)
+    assert zygote.lives_after(asks)
+    used = {int(fd.name) for fd in Path(f"/proc/{zygote.child.pid}/fd").iterdir()}
+    lowest = min(set(range(len(used) + 1)) - used)
+    limit = (lowest + 1, resource.prlimit(zygote.child.pid, resource.RLIMIT_NOFILE)[1])  # room for the connection alone
+    resource.prlimit(zygote.child.pid, resource.RLIMIT_NOFILE, limit)
+    keep(worker, mine)
+    assert receive_packet(follower) == (Kept("web1", "monitor"), [])
+    send_packet(asks, Tell())
+    assert receive_packet(asks) == (Kept("web1", "monitor"), [])
+    assert receive_packet(asks) == (Told(), [])
+    assert zygote.lives_after(worker)
+    assert not readable(peer, 0), "it keeps it"
+
+
+def test_how_a_former_zygotes_worker_ended_is_remembered_until_the_next_one_is_made() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        zygote = Zygote(listener)
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        broker = Peer(here)
+        zygote._obey(Exited(101, -9, "web1"), broker)
+        zygote._obey(Exited(102, 0, "web2"), broker)
+        zygote._workers[103] = "web3"
+        zygote._obey(Exited(104, -9, "web3"), broker)
+        assert zygote._exits == {"web1": -9}
+        for end in (here, there, zygote._wake_read, zygote._wake_write):
+            end.close()
+        os.close(zygote._spare)
+
+
 # -- orphans ----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,11 +294,12 @@ def test_another_zygote_is_told_whom_to_watch_and_what_the_one_before_has_told_s
     waiting.close()
 
 
-def test_without_a_zygote_nothing_is_known_and_nothing_raised(tmp_path: Path) -> None:
+def test_without_a_zygote_nothing_is_known_and_only_a_new_one_is_called_again(tmp_path: Path) -> None:
     orphan = Orphan(tmp_path / "none.sock", VmName("web1"))
     orphan.announce(os.getpid())
     orphan.watch(os.getpid())
-    orphan.again()
+    with pytest.raises(FileNotFoundError):
+        orphan.again()  # which the keeper tries again
     assert orphan.status() is None
     assert orphan.fileno() == -1
     orphan.close()

@@ -20,6 +20,8 @@ from ..system.chaos.plan import (
     ZYGOTE,
     plan,
 )
+from ..system.chaos.storm import strikes_of
+from ..system.chaos.test_chaos import SCENARIO
 
 SEEDS = st.integers(0, 1 << 32)
 
@@ -66,6 +68,18 @@ def test_a_long_plan_strikes_everybody_alone_and_together() -> None:
         ((KILL, WORKER), (KILL, QEMU)),
         ((KILL, ZYGOTE), (KILL, WORKER)),
         ((KILL, BROKER), (KILL, ZYGOTE), (KILL, ALL_WORKERS)),
+    }
+
+
+def test_the_short_run_kills_the_zygote_alone_and_with_a_worker_and_a_worker_with_the_broker() -> None:
+    kinds = {tuple((blow.what, blow.whom) for blow in strike.blows) for strike in strikes_of(SCENARIO)}
+    assert kinds >= {
+        ((KILL, ZYGOTE),),
+        ((KILL, ZYGOTE), (KILL, WORKER)),
+        ((KILL, BROKER), (KILL, WORKER)),
+        ((KILL, BROKER), (KILL, ZYGOTE), (KILL, ALL_WORKERS)),
+        ((KILL, WORKER),),
+        ((KILL, QEMU),),
     }
 
 

@@ -24,7 +24,7 @@ from vmloop.common.errors import (
     VmloopError,
 )
 from vmloop.common.pack import MAX_MESSAGE_BYTES, pack, unpack
-from vmloop.common.wire import HEADER_BYTES, Kind, Message, decode, encode
+from vmloop.common.wire import FLAG_REPEATED, HEADER_BYTES, Kind, Message, decode, encode
 
 
 def request(
@@ -133,6 +133,27 @@ def test_parts_that_nobody_reads_are_bounded() -> None:
     assert isinstance(call.error, Busy)
 
 
+def test_events_that_come_again_from_the_next_worker_are_handed_out_once() -> None:
+    calls = Calls("ipc:///x")
+    call = sent(calls, request(op="events", reading=True), streaming=True)
+    numbers = [(1, 1), (1, 2), (2, 1), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
+    for epoch, seq in numbers:
+        answer(calls, call, Kind.PARTIAL, pack({"epoch": epoch, "seq": seq, "event": "X"}))
+    assert call.parts is not None
+    assert [(part["epoch"], part["seq"]) for part in call.parts] == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("part", [5, None, {}, {"epoch": "1", "seq": 1}, {"epoch": 1, "seq": None}, {"left": 3.5}])
+def test_parts_that_are_no_events_are_handed_out_as_they_come(part: Any) -> None:
+    for op in ("events", "agent"):
+        calls = Calls("ipc:///x")
+        call = sent(calls, request(op=op), streaming=True)
+        for _ in range(2):
+            answer(calls, call, Kind.PARTIAL, pack(part))
+        assert call.parts is not None
+        assert list(call.parts) == [part, part]
+
+
 def test_parts_of_a_plain_call_are_passed_over() -> None:
     calls = Calls("ipc:///x")
     call = sent(calls, request())
@@ -172,6 +193,18 @@ def test_the_second_sending_carries_the_time_that_is_left() -> None:
     call.due -= 20.0
     calls.lost()
     assert 0 < decode(calls.frame_of(call)).seconds <= 10.0
+
+
+def test_what_is_sent_again_with_its_key_says_so() -> None:
+    calls = Calls("ipc:///x")
+    for first, asked in ((0, request(key=None)), (FLAG_REPEATED, request(key=b"mine"))):
+        call = new_call(asked, 30.0)
+        assert decode(calls.frame_of(call)).flags == first  # who brings a key may have asked before
+        calls.lost()
+        assert decode(calls.frame_of(call)).flags == FLAG_REPEATED
+    reading = sent(calls, request(reading=True))
+    calls.lost()
+    assert not decode(calls.frame_of(reading)).repeated
 
 
 def test_what_is_late_says_why() -> None:

@@ -148,12 +148,25 @@ def test_a_vm_that_was_not_there_begins_with_its_first_event() -> None:
     assert shell.fetches == [Cursor(4, 0)]
 
 
-def test_a_vm_made_anew_is_noticed_by_the_next_check() -> None:
+def test_a_vm_whose_runs_are_numbered_anew_is_noticed_by_the_second_check() -> None:
     shell = Shell((7, 9), kept=[(1, 1), (1, 2)])
     assert shell.arrive((1, 1)) == []
     assert shell.stream.check_wanted
     shell.stream.known({"web1": Cursor(1, 2)})
+    assert shell.run() == []
+    shell.stream.known({"web1": Cursor(1, 2)})
     assert shell.run() == ["1.1", "1.2"]
+
+
+@pytest.mark.parametrize("before", [(0, 0), (1, 2)])
+def test_an_answer_that_is_older_than_the_events_hands_nothing_out_again(before: tuple[int, int]) -> None:
+    now = (before[0] + 1, 1)
+    shell = Shell(before, kept=sorted({(1, 1), before, now} - {(0, 0)}))
+    assert shell.arrive(now) == [f"{now[0]}.1"]
+    shell.stream.known({"web1": Cursor(*before)})
+    assert shell.run() == []
+    shell.stream.known({"web1": Cursor(*now)})
+    assert shell.run() == []
 
 
 def test_a_check_finds_what_pub_dropped_before_a_silence() -> None:

@@ -53,7 +53,7 @@ def test_a_failed_rename_leaves_what_was_there_and_no_temporary_file(path: Path)
 
 
 def test_a_leftover_of_an_earlier_crash_is_no_obstacle(path: Path) -> None:
-    leftover = path.with_name(f".run.json.{os.getpid()}.new")
+    leftover = path.with_name(".run.json.new")
     leftover.write_bytes(b"half of something much longer than the new content")
     write_whole(path, b"short")
     assert path.read_bytes() == b"short"
@@ -87,6 +87,9 @@ def test_a_writer_killed_at_any_moment_leaves_one_of_the_two(path: Path) -> None
         os.close(reader)
         os.close(writer)
         assert path.read_bytes() in (OLD, NEW)
+    assert len(os.listdir(path.parent)) <= 2  # five writers leave one temporary file at most
+    write_whole(path, NEW)
+    assert os.listdir(path.parent) == ["run.json"]
 
 
 def test_set_aside_keeps_the_content_and_frees_the_name(path: Path) -> None:

@@ -69,6 +69,19 @@ def test_a_mark_is_one_line_and_one_event(tmp_path: Path, client: RawClient) -> 
     assert [line["mark"] for line in written(tmp_path) if "mark" in line] == ["m1"]
 
 
+def test_a_mark_of_the_guests_agent_is_one_line_and_guest_info_says_nothing_of_the_command(
+    tmp_path: Path, client: RawClient
+) -> None:
+    with RawClient(tmp_path / "web-000.qga") as agent:
+        assert agent.ask("x-mark", mark="a1") == {"return": {}}
+        assert "error" in agent.ask("x-mark")
+        assert "error" in agent.ask("x-mark", mark=1)
+        listed = agent.ask("guest-info")["return"]["supported_commands"]
+    assert [line for line in written(tmp_path) if "mark" in line] == [{"mark": "a1"}]
+    assert "x-mark" not in [command["name"] for command in listed]
+    assert client.ask("query-status")["return"]["running"]
+
+
 def test_what_was_refused_or_only_looked_leaves_no_line(tmp_path: Path, client: RawClient) -> None:
     assert "error" in client.ask("x-simulate", mark="m1", nonsense=True)
     assert "error" in client.ask("closefd", fdname="none")

@@ -15,6 +15,8 @@ from vmloop.common.errors import VmloopError
 from ..fakes.killed_agent import Bench
 
 MIB = 1 << 20
+# Padding of an answer: one that a look at the idle wire takes in whole, one that is several of those, and one longer than a chunk.
+SIZES = (0, 20_000, 70_000)
 
 
 def steps_of(work: Callable[[Bench], None], **options: Any) -> int:
@@ -44,16 +46,21 @@ def unkept(bench: Bench) -> bool:
     return not bench.worker.standing.ledger.synced
 
 
-def two_commands(bench: Bench) -> None:
+def two_commands(bench: Bench, size: int = 0) -> None:
+    """`size`: bytes of padding in each answer."""
+    bench.guest.size = size
     bench.ask(1)
     bench.ask(2)
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "no ids"])
 @pytest.mark.parametrize("answers", ["before", "after", "between"])
-def test_whenever_a_worker_is_killed_every_answer_is_given_and_true(answers: str, ids: bool) -> None:
-    for kill in range(steps_of(two_commands, ids=ids) + 1):
+@pytest.mark.parametrize("size", SIZES)
+def test_whenever_a_worker_is_killed_every_answer_is_given_and_true(size: int, answers: str, ids: bool) -> None:
+    work = partial(two_commands, size=size)
+    for kill in range(steps_of(work, ids=ids) + 1):
         with Bench([kill], ids=ids) as bench:
+            bench.guest.size = size
 
             def while_dead(bench: Bench = bench) -> None:
                 bench.guest.silent = False
@@ -71,7 +78,7 @@ def test_whenever_a_worker_is_killed_every_answer_is_given_and_true(answers: str
                 bench.run(lambda: 1 in bench.told)
                 bench.ask(2)
             else:
-                two_commands(bench)
+                work(bench)
             true_answers(bench, 1, 2)
 
 
@@ -84,8 +91,9 @@ def test_a_row_of_killed_workers_loses_nothing_either(ids: bool) -> None:
             true_answers(bench, 1, 2)
 
 
-def in_line(bench: Bench) -> None:
+def in_line(bench: Bench, size: int = 0) -> None:
     """Three commands, the second and third of which wait for the one before; whoever dies has them asked for again."""
+    bench.guest.size = size
     for request in (1, 2, 3):
         bench.submit(request)
     for request in (1, 2, 3):
@@ -97,10 +105,12 @@ def in_line(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["ids", "no ids"])
-def test_no_answer_is_taken_for_that_of_the_command_behind_it(ids: bool) -> None:
-    for kill in range(steps_of(in_line, ids=ids) + 1):
+@pytest.mark.parametrize("size", SIZES)
+def test_no_answer_is_taken_for_that_of_the_command_behind_it(size: int, ids: bool) -> None:
+    work = partial(in_line, size=size)
+    for kill in range(steps_of(work, ids=ids) + 1):
         with Bench([kill], ids=ids) as bench:
-            in_line(bench)
+            work(bench)
             for request, told in bench.told.items():
                 assert [answer["n"] for answer in told if not isinstance(answer, VmloopError)] in (
                     [request] * len(told),

@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmloop.common.cursor import Cursor
+from vmloop.common.errors import Busy, Denied, OutcomeUnknown, VmloopError, WorkerLost
 from vmloop.common.wire import Kind
 from vmloop.worker.answers import MAX_ANSWERS, MAX_BYTES, SLACK_BYTES, Answers
+from vmloop.worker.requests import Requests
+from vmloop.worker.verbs.request import Request
+
+if TYPE_CHECKING:
+    from vmloop.worker.app import App
 
 REPLY, ERROR = Kind.REPLY, Kind.ERROR
 HERE = Cursor(3, 17)
@@ -137,8 +145,8 @@ def test_the_next_worker_knows_what_was_begun_and_how_far_it_came(path: Path) ->
     for number, by_key in ((1, b""), (9, b"k")):
         left = second.left_by_predecessor(number, by_key)
         assert left is not None
-        begun, steps = left
-        assert (begun.op, begun.cursor, steps) == ("stop", HERE, ("system_powerdown",))
+        assert (left.begun.op, left.begun.cursor, left.steps) == ("stop", HERE, ["system_powerdown"])
+        assert left.answers == {}
     assert second.left_by_predecessor(2) is None
     assert second.left_by_predecessor(9, b"another") is None
     second.close()
@@ -152,18 +160,101 @@ def test_what_is_adopted_is_left_to_the_one_after_under_its_new_number(path: Pat
     second = Answers(path)
     left = second.left_by_predecessor(5, b"k")
     assert left is not None
-    second.adopt(left[0], 5, b"k")
+    second.adopt(left.begun, 5)
+    second.stepped(1, "system_powerdown", None)
     assert second.left_by_predecessor(5, b"k") is None
     second.step(5, "quit")
     second.close()
     third = Answers(path)
-    left = third.left_by_predecessor(5)
-    assert left is not None
-    assert left[1] == ("system_powerdown", "quit")
-    assert third.is_left(5)
-    third.finish(5, b"k", REPLY, b"off")
-    assert not third.is_left(5)
+    for number, by_key in ((5, b""), (1, b""), (8, b"k")):
+        left = third.left_by_predecessor(number, by_key)
+        assert left is not None
+        assert left.steps == ["system_powerdown", "quit"]
+        assert left.answers == {"system_powerdown": None}
+        assert left.begun.number == 1  # whoever is owed the reply to a step, under either number
+    assert third.left_by_predecessor(8) is None
+    third.adopt(left.begun, 8)
+    third.finish(8, b"k", REPLY, b"off")
     third.close()
+    fourth = Answers(path)
+    assert [fourth.left_by_predecessor(number) for number in (1, 5, 8)] == [None, None, None]
+    assert body_of(fourth, 0, b"k") == b"off"
+    fourth.close()
+
+
+def test_an_operation_that_was_adopted_and_answered_is_over_also_when_its_answer_is_forgotten(path: Path) -> None:
+    first = Answers(path)
+    first.begun(1, b"k", "stop", HERE)
+    first.step(1, "system_powerdown")
+    first.close()
+    second = Answers(path)
+    left = second.left_by_predecessor(5, b"k")
+    assert left is not None
+    second.adopt(left.begun, 5)
+    second.finish(5, b"k", REPLY, b"off")
+    answered(second, *range(100, 101 + MAX_ANSWERS))
+    second.close()
+    third = Answers(path)
+    assert third.known(0, b"k") is None  # so a repetition begins anew,
+    assert third.left_by_predecessor(9, b"k") is None  # and not behind the steps of then
+    third.close()
+
+
+def test_a_worker_that_dies_while_it_adopts_leaves_every_step_known(path: Path) -> None:
+    first = Answers(path)
+    first.begun(1, b"k", "stop", HERE)
+    first.step(1, "system_powerdown")
+    first.step(1, "quit")
+    first.close()
+    before = path.read_bytes()
+    for number in (1, 5):
+        path.write_bytes(before)
+        second = Answers(path)
+        left = second.left_by_predecessor(number, b"k")
+        assert left is not None
+        second.adopt(left.begun, number)
+        second.close()
+        whole = path.read_bytes()
+        assert whole.startswith(before)
+        for cut in range(len(before), len(whole) + 1):
+            path.write_bytes(whole[:cut])
+            third = Answers(path)
+            left = third.left_by_predecessor(number, b"k")
+            assert left is not None
+            assert left.steps == ["system_powerdown", "quit"]
+            third.close()
+
+
+# -- not done, try again --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_after_an_answer_that_nothing_was_done_the_next_request_with_its_key_is_carried_out(
+    path: Path, begun: bool
+) -> None:
+    first = Answers(path)
+    assert first.begin(b"k", 1)
+    if begun:
+        first.begun(1, b"k", "stop", HERE)
+    assert not first.begin(b"k", 2)
+    assert first.finish(1, b"k", ERROR, b"busy", again=True) == [1, 2]
+    for answers in (first, Answers(path)):
+        assert answers.known(3, b"k") is None
+        assert answers.left_by_predecessor(3, b"k") is None
+        assert body_of(answers, 1) == b"busy"  # the broker may ask what became of that one
+        assert answers.begin(b"k", 3)
+        assert answers.finish(3, b"k", REPLY, b"done") == [3]
+        assert body_of(answers, 9, b"k") == b"done"
+        answers.close()
+
+
+def test_a_request_that_is_refused_does_not_answer_for_the_one_with_its_key_that_runs() -> None:
+    answers = Answers()
+    assert answers.begin(b"k", 1)
+    assert answers.finish(2, b"k", ERROR, b"bad request") == [2]
+    assert not answers.begin(b"k", 3)
+    assert answers.finish(1, b"k", REPLY, b"done") == [1, 3]
+    assert body_of(answers, 9, b"k") == b"done"
 
 
 def test_nothing_is_written_for_those_who_only_read(path: Path) -> None:
@@ -179,6 +270,7 @@ def test_a_file_that_has_grown_is_written_anew_with_what_is_remembered(path: Pat
         answers.finish(number, b"k", REPLY, bytes(10_000))
     answers.begun(900, b"", "stop", HERE)
     answers.step(900, "quit")
+    answers.stepped(900, "quit", {"code": "qmp-error", "message": "no"})
     for number in range(400, 600):
         answers.finish(number, b"k", REPLY, bytes(10_000))
     assert path.stat().st_size < 2 * 10_000 + SLACK_BYTES + 20_000
@@ -187,7 +279,8 @@ def test_a_file_that_has_grown_is_written_anew_with_what_is_remembered(path: Pat
     assert body_of(second, 0, b"k") == bytes(10_000)
     left = second.left_by_predecessor(900)
     assert left is not None
-    assert left[1] == ("quit",)
+    assert left.steps == ["quit"]
+    assert left.answers == {"quit": {"code": "qmp-error", "message": "no"}}
     second.close()
     assert os.listdir(path.parent) == ["answers"]
 
@@ -245,3 +338,34 @@ def test_a_write_that_the_disk_takes_in_part_does_not_hide_what_comes_after(path
     second = Answers(path)
     assert [body_of(second, number) is not None for number in (1, 2, 3)] == [True, False, True]
     second.close()
+
+
+class Desk:
+    """As much of a worker as `Requests.finish` needs: what is answered."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.replies: list[int] = []
+
+    def send_status_if_due(self) -> None:
+        pass
+
+    def reply(self, number: int, kind: Kind, body: bytes, received: float) -> None:
+        del kind, body, received
+        self.replies.append(number)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(WorkerLost("x"), True), (Busy("x"), True), (Denied("x"), False), (OutcomeUnknown("x"), False), (None, False)],
+    ids=lambda value: getattr(value, "code", str(value)),
+)
+def test_errors_that_say_try_again_are_not_remembered_under_a_key(error: VmloopError | None, again: bool) -> None:
+    desk, answers = Desk(), Answers()
+    try:
+        requests = Requests(cast("App", desk), answers)
+        requests.finish(Request(1, "stop", 9.0, 0.0, False, b"k", lambda part: None), {}, error)
+    finally:
+        desk.loop.close()
+    assert desk.replies == [1]
+    assert (answers.known(2, b"k") is None) is again

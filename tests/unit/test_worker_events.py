@@ -307,9 +307,58 @@ def test_those_that_their_worker_took_with_it_are_told_as_lost(full: Bench) -> N
     assert [(event.seq, event.data["first"], event.data["last"]) for event in lost] == [(4, "4.2", "4.3")]
 
 
+def test_a_disk_that_stays_full_longer_than_the_memory_lasts_is_told_once_when_it_is_back(full: Bench) -> None:
+    full.store._backlog_limit = 20_000
+    for _ in range(400):
+        full.log.emit("E", {})
+    assert full.store.waiting < 100
+    assert {message.op for message in full.published} == {"STOP", "E"}
+    full.store.refuses = False  # type: ignore[attr-defined]
+    full.page.words[Word.WAKEUPS] = 1000
+    full.log.retry()
+    told = [event for event in full.log.since(Cursor(0, 0)) if event.event == "JOURNAL_TRUNCATED"]
+    kept = [event.seq for event in full.log.since(Cursor(0, 0)) if event.event == "E"]
+    assert [(event.data["first"], event.data["last"]) for event in told] == [("4.2", f"4.{kept[0] - 1}")]
+    assert kept == list(range(kept[0], 402))
+
+
+def test_the_end_of_a_run_that_was_not_written_down_is_told_as_lost_before_the_next_run(full: Bench) -> None:
+    full.log.emit("SHUTDOWN", {}, "qmp")
+    full.store._backlog.clear()
+    log = full.next_worker()
+    log.begin_epoch(5)
+    log.emit("WORKER_STARTED", {})
+    names = [(str(event.cursor), event.event) for event in log.since(Cursor(0, 0))]
+    assert names == [("4.1", "STOP"), ("4.3", "JOURNAL_TRUNCATED"), ("5.1", "WORKER_STARTED")]
+
+
+def test_a_run_of_which_nothing_was_written_down_is_told_as_lost(full: Bench) -> None:
+    full.log.begin_epoch(5)
+    full.log.emit("WORKER_STARTED", {})
+    full.store._backlog.clear()
+    log = full.next_worker()
+    lost = [event for event in log.since(Cursor(0, 0)) if event.event == "JOURNAL_TRUNCATED"]
+    assert [(str(event.cursor), event.data["first"], event.data["last"]) for event in lost] == [("5.2", "5.1", "5.1")]
+
+
+def test_on_a_new_page_the_journal_says_how_far_the_events_go(bench: Bench, tmp_path: Path) -> None:
+    """After a reboot: a cursor of nothing would have every client fetch what it has had."""
+    bench.log.emit("STOP", {})
+    bench.store.close()
+    page = Page(tmp_path / "next", writable=True)
+    bench.store = EventStore(tmp_path / "journal")
+    log = EventLog(NAME, page, lambda _: None, bench.store)
+    assert log.cursor == Cursor(4, 1)
+    log.tell_of_predecessor()
+    assert log.cursor == Cursor(4, 1)
+    log.begin_epoch(5)
+    assert log.cursor == Cursor(5, 0)
+    page.close()
+
+
 def test_the_largest_chunk_and_large_numbers_fit_beside_each_other(bench: Bench) -> None:
-    bench.page.words[Word.PROGRESS] = ((1 << 40) - 2) << 24
-    log = bench.next_worker()
+    bench.page.words[Word.PROGRESS] = ((1 << 40) - 3) << 24
+    log = bench.next_worker()  # which tells that nothing of this is in the journal
     log.begin_line()
     log.emit("STOP", {})
     log.end_line(65536)

@@ -187,7 +187,7 @@ def test_a_qemu_that_ends_at_once_is_held_all_the_same_and_its_words_are_in_the_
     with launched(definition(SIMULATED, "-fail", "no such machine"), paths) as vm:
         until(vm.process.ended)
         assert vm.process.status() == 1
-    assert log_tail(paths) == "qemu-system-x86_64: no such machine"
+    assert log_tail(paths, 1) == "qemu-system-x86_64: no such machine"
 
 
 # -- its log --------------------------------------------------------------------------------------------------------------
@@ -200,23 +200,42 @@ def test_the_tail_is_of_the_newest_run_only(paths: VmPaths) -> None:
     log = paths.qemu_log.read_text()
     assert "the first one's words" in log
     assert "--- epoch 2: " in log
-    assert log_tail(paths) == "qemu-system-x86_64: the second one's"
+    assert log_tail(paths, 2) == "qemu-system-x86_64: the second one's"
+
+
+@pytest.mark.parametrize("printed", [b"", b"the reason of the run before\n", b"blah blah\n" * 20_000])
+@pytest.mark.parametrize("first", [b"--- epoch 1: qemu\n", b"--- epoch 20: qemu\n", b""])
+def test_a_run_that_never_came_to_a_qemu_has_no_tail_and_not_that_of_the_one_before(
+    paths: VmPaths, first: bytes, printed: bytes
+) -> None:
+    paths.qemu_log.write_bytes(first + printed)
+    assert log_tail(paths, 2) == ""
+
+
+@pytest.mark.parametrize("behind", [0, 5, 64 * 1024 - 12, 64 * 1024 - 5, 300_000])
+def test_a_runs_words_are_found_however_much_it_printed_and_however_long_its_command_line_is(
+    paths: VmPaths, behind: int
+) -> None:
+    for arguments in (b"", b"x" * 100_000):
+        words = b"x" * behind + b"\nthe end\n"
+        paths.qemu_log.write_bytes(b"--- epoch 1: qemu\nold words--- epoch 2: qemu %s\n%s" % (arguments, words))
+        assert log_tail(paths, 2) == words.decode()[-LOG_TAIL_BYTES:].strip()
 
 
 def test_a_run_that_printed_nothing_has_an_empty_tail(paths: VmPaths) -> None:
     paths.qemu_log.write_bytes(b"--- epoch 1: qemu\nold words\n--- epoch 2: qemu -m 64\n")
-    assert log_tail(paths) == ""
+    assert log_tail(paths, 2) == ""
 
 
 def test_the_tail_of_a_talkative_run_is_bounded(paths: VmPaths) -> None:
     paths.qemu_log.write_bytes(b"--- epoch 1: qemu\n" + b"blah blah\n" * LOG_TAIL_BYTES + b"the reason\xff\n")
-    tail = log_tail(paths)
+    tail = log_tail(paths, 1)
     assert tail.endswith("the reason\ufffd")
     assert len(tail) <= LOG_TAIL_BYTES
 
 
 def test_a_log_that_cannot_be_read_is_said_so(paths: VmPaths) -> None:
-    assert "cannot be read" in log_tail(paths)
+    assert "cannot be read" in log_tail(paths, 1)
 
 
 def test_a_large_log_is_turned_over_before_the_next_run(paths: VmPaths) -> None:

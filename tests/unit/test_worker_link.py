@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,24 @@ def test_what_was_sent_right_before_the_close_still_arrives(tmp_path: Path) -> N
         bench.link.close()
         await bench.until(lambda: broker.got[-1] == b"bye")
         assert len(broker.got) == 102
+        bench.link = Link(
+            bench.loop, bench.context, ipc(bench.path), bench.got.append, lambda: b"", 1
+        )  # for `run` to close
+
+    run(tmp_path, test)
+
+
+def test_what_waits_for_room_at_the_close_leaves_when_the_broker_makes_some(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        broker = await bench.connected()
+        while not bench.link._outbox:
+            bench.link.send(b"x" * 1000)
+        bench.link.send(b"goodbye")
+        reader = threading.Timer(0.05, lambda: broker.read(BURST))  # while the link closes
+        reader.start()
+        bench.link.close()
+        reader.join()
+        await bench.until(lambda: b"goodbye" in broker.got)
         bench.link = Link(
             bench.loop, bench.context, ipc(bench.path), bench.got.append, lambda: b"", 1
         )  # for `run` to close

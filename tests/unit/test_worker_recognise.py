@@ -23,7 +23,7 @@ from vmloop.common.process import CannotTell, Identity, ProcessGone, identify, o
 from vmloop.worker.qemu.launch import VM_VARIABLE, launch, mark_of
 from vmloop.worker.qemu.process import QemuProcess
 from vmloop.worker.qemu.recognise import MONITOR_ARGUMENT, find_marked, recognise
-from vmloop.worker.runfile import Run
+from vmloop.worker.runfile import Run, salvage_run
 
 from ..fakes.raw_qmp import DEADLINE, until
 
@@ -255,6 +255,73 @@ def test_where_nobody_is_found_but_somebody_listens_nothing_is_known(paths: VmPa
 def test_where_nobody_is_found_and_nobody_listens_the_run_is_gone(paths: VmPaths) -> None:
     with pytest.raises(ProcessGone, match="nobody listens"):
         recognise(run_of(paths), paths)
+    with socket.socket(socket.AF_UNIX) as bound:  # nor does it where the socket of one that is dead still lies
+        bound.bind(str(paths.monitor_socket))
+    with pytest.raises(ProcessGone, match="nobody listens"):
+        recognise(run_of(paths), paths)
+
+
+def test_a_missing_socket_is_no_end_while_a_qemu_lives_that_may_be_the_runs(paths: VmPaths) -> None:
+    """One that gave up root shows its mark to root alone, and is not held by it."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv")
+    for mark, alive in ((mark_of(paths, EPOCH), True), (mark_of(paths, EPOCH + 1), False)):
+        with given_up_root(mark):
+            if alive:
+                assert recognise(run_of(paths), paths) is None
+            else:
+                with pytest.raises(ProcessGone):
+                    recognise(run_of(paths), paths)
+
+
+@contextlib.contextmanager
+def given_up_root(mark: str) -> Iterator[None]:
+    """A QEMU as far as its arguments and its mark go, of another user."""
+    argv = ["setpriv", "--reuid", "65534", "--clear-groups", *STAYS, MONITOR_ARGUMENT]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, VM_VARIABLE: mark}
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        try:
+            yield
+        finally:
+            child.kill()
+
+
+def test_a_qemu_that_does_not_show_its_environment_may_be_any_runs(paths: VmPaths) -> None:
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv")
+    with process(MONITOR_ARGUMENT, mark=mark_of(paths, EPOCH + 1)) as identity:
+        root = Path(vmloop.__file__).parent.parent
+        code = (
+            f"import sys; sys.path.insert(0, {str(root)!r})\n"
+            "from vmloop.worker.qemu.recognise import any_may_be, find_marked\n"
+            f"print(find_marked({mark_of(paths, EPOCH)!r}), any_may_be({mark_of(paths, EPOCH)!r}))\n"
+        )
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code]
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE, check=True)
+        assert result.stdout == "None True\n"
+        assert identify(identity.pid) == identity
+
+
+# -- launched, and its run.json damaged -------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_file_was_damaged_is_found_in_whatever_epoch_it_was_launched(paths: VmPaths) -> None:
+    run = salvage_run(paths, 0, attached=False)
+    assert run.ended is None
+    for mark, pid in (
+        (mark_of(paths, EPOCH), True),
+        (f"{paths.state}2:7", False),
+        (f"{mark_of(paths, EPOCH)}x", False),
+    ):
+        with process(MONITOR_ARGUMENT, mark=mark) as identity:
+            if pid:
+                assert held(recognise(run, paths)) == identity.pid
+            else:
+                with pytest.raises(ProcessGone):
+                    recognise(run, paths)
 
 
 def test_of_an_attached_vm_without_a_pid_nothing_is_known(paths: VmPaths) -> None:

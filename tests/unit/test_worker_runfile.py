@@ -135,7 +135,7 @@ def test_a_directory_is_removed_with_its_files_but_not_with_another_directory(tm
 
 def hinder(path: Path) -> Path:
     """A directory where the new file would be made: no write succeeds while it is there, for root neither."""
-    hindrance = path.with_name(f".{path.name}.{os.getpid()}.new")
+    hindrance = path.with_name(f".{path.name}.new")
     hindrance.mkdir()
     return hindrance
 

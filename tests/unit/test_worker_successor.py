@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,40 @@ def test_the_cut_command_is_the_one_that_was_being_written_and_not_the_one_with_
 
     bench.run(first, killed=True)
     bench.run(second)
+
+
+def test_a_command_that_was_entered_and_never_sent_is_not_waited_for(bench: SessionBench) -> None:
+    """Killed between the ledger and the first byte: QEMU tells by what it answers behind it."""
+
+    async def die(life: Life, peer: QmpPeer) -> None:
+        await life.negotiate(peer, "oob")
+        life.session._writer.write = lambda *_: None  # type: ignore[method-assign]
+        life.submit("stop", request=1)
+
+    bench.run(die, killed=True)
+    assert [owed.request for owed in bench.owed()] == [1]
+
+    async def live(life: Life, peer: QmpPeer) -> None:
+        outcomes = life.take_over()
+        mark, _, behind = (await peer.line()).partition(b"{")
+        assert mark == b"\xff"
+        peer.answer(json.loads(b"{" + behind), {})
+        await life.told(outcomes[1])
+        assert outcomes[1].code == "worker-lost"
+
+    bench.run(live)
+    assert bench.owed() == []
+
+
+def test_who_was_told_that_the_answer_will_come_late_is_told_of_it_under_the_next_worker_too(
+    bench: SessionBench,
+) -> None:
+    (stop,) = sent_and_killed(bench, "stop", deadline=0.01)
+
+    async def live(life: Life, peer: QmpPeer) -> None:
+        life.take_over(answer=lambda owed: None)
+        peer.answer(stop, {})
+        await life.until(lambda: life.vm.late != [])
+        assert [request for _, request, _ in life.vm.late] == [1]
+
+    bench.run(live)

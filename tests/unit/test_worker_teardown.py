@@ -31,7 +31,7 @@ from vmloop.common.errors import MonitorLost, NotRunning, OutcomeUnknown, Vmloop
 from vmloop.common.page import Word
 from vmloop.common.states import MonitorState, VmState
 from vmloop.worker.run_page import Fact
-from vmloop.worker.runfile import read_run
+from vmloop.worker.runfile import Run, RunFile, read_run
 
 from ..fakes.vm_bench import VmBench, run
 
@@ -71,7 +71,7 @@ def test_the_end_comes_in_its_order(tmp_path: Path) -> None:
         await bench.gone()
         assert bench.names() == ["DEVICE_DELETED", "AGENT_STATE absent", *END]
         assert [event.seq for event in bench.told] == list(range(bench.told[0].seq, bench.told[0].seq + 4))
-        assert seen[-1] == ("VM_STATE", False, True)  # told first, then written down, then removed
+        assert seen[-1] == ("VM_STATE", False, True)  # told first; the rest follows
         after = read_run(bench.paths.run_file)
         assert after is not None
         assert after.ended is not None
@@ -254,7 +254,7 @@ def test_whoever_is_told_of_an_answer_may_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_end_cannot_be_written_down_ends_all_the_same_and_the_next_worker_knows(tmp_path: Path) -> None:
-    hindrance = tmp_path / "state" / f".run.json.{os.getpid()}.new"
+    hindrance = tmp_path / "state" / ".run.json.new"
 
     async def first(bench: VmBench) -> None:
         await bench.up()
@@ -283,7 +283,7 @@ def test_a_run_whose_end_cannot_be_written_down_ends_all_the_same_and_the_next_w
 
 
 def test_a_vm_that_cannot_be_noted_as_let_go_is_held_as_before(tmp_path: Path) -> None:
-    hindrance = tmp_path / "state" / f".run.json.{os.getpid()}.new"
+    hindrance = tmp_path / "state" / ".run.json.new"
 
     async def live(bench: VmBench) -> None:
         await bench.up()
@@ -310,5 +310,35 @@ def test_files_that_cannot_be_removed_do_not_keep_a_run_from_its_end(tmp_path: P
         bench.end_process()
         await bench.gone()
         assert bench.names()[-2:] == END
+
+    run(tmp_path, live)
+
+
+class WatchedFile(RunFile):
+    """A run.json that notes what its run's directory holds when the end is written down."""
+
+    def __init__(self, bench: VmBench) -> None:
+        super().__init__(bench.loop, bench.paths.run_file, lambda trouble: None)
+        self._run_directory = bench.paths.run
+        self.left: list[set[str]] = []
+
+    def write(self, run: Run) -> None:
+        if run.ended is not None:
+            self.left.append(set(os.listdir(self._run_directory)))
+        super().write(run)
+
+
+def test_a_run_is_cleared_away_before_its_end_is_written_down(tmp_path: Path) -> None:
+    """A worker that is killed in between leaves what the next one still does: a run that is noted as over nobody looks after."""
+
+    async def live(bench: VmBench) -> None:
+        await bench.up()
+        bench.vm.file = file = WatchedFile(bench)
+        for name in ("monitor.sock", "carry.0"):
+            (bench.paths.run / name).touch()
+        bench.end_process()
+        await bench.gone()
+        assert file.left != []
+        assert not any(left & {"monitor.sock", "carry.0"} for left in file.left)
 
     run(tmp_path, live)

@@ -49,6 +49,12 @@ class Intake:
         """The socket is readable."""
         self.take(CHUNKS)
 
+    def take_left(self) -> None:
+        """What an earlier worker had read and not consumed: a chunk at most, also where one turn takes less, for nothing is owed."""
+        for _ in range(CHUNK // IDLE_CHUNK):
+            if not self.take(1):
+                return
+
     def drain(self) -> None:
         """Read what is in the socket, as long as a reply to a command is expected. Bounded by the longest answer."""
         self.inside = self.draining = True

@@ -112,7 +112,7 @@ class AgentSession:
             self._deadlines.add(command.number, command.due(self._timeout))
         self._loop.add_reader(self._socket, self._intake.turn)
         # Without ids, what a predecessor has answered must not be taken for the answer to what is sent now.
-        self._intake.take(1)
+        self._intake.take_left()
         if self._ended:
             return
         self._set_timer()

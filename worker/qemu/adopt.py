@@ -46,14 +46,17 @@ def connect_monitor(path: str) -> socket.socket:
 
 
 def is_refused(path: str) -> bool:
-    """Whether nobody listens at a socket any more. Of a QEMU that was launched with its listening socket this means that it is gone."""
+    """Whether a socket is there and nobody listens at it. Of a QEMU that was launched with its listening socket this means that it is gone.
+
+    Where there is no socket nothing is refused: its file may have been removed under a QEMU that lives.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
+        except ConnectionRefusedError:
             return True
-        except BlockingIOError:  # others wait there already
+        except (BlockingIOError, FileNotFoundError):  # others wait there already; there is none
             return False
     return False
 

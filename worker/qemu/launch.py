@@ -27,6 +27,8 @@ from .process import QemuProcess
 
 LOG_TAIL_BYTES: Final = 4096  # of qemu.log, shown with `launch-failed`
 REAP_SECONDS: Final = 1.0  # for a process that was killed right after its start
+_RUN_BEGINS: Final = b"--- epoch "  # in qemu.log
+_LOOK_BYTES: Final = 64 * 1024  # of qemu.log, looked through at once from its end for the line that begins a run
 VM_VARIABLE: Final = "VMLOOP_VM"  # in QEMU's environment: state directory and epoch, to recognise it by
 
 
@@ -58,9 +60,9 @@ def command_line(definition: Definition, *, monitor_fd: int, agent_fd: int | Non
     return argv
 
 
-def mark_of(paths: VmPaths, epoch: int) -> str:
-    """What a QEMU has in its environment, so that it can be recognised: of one run of one VM of one root."""
-    return f"{paths.state}:{epoch}"
+def mark_of(paths: VmPaths, epoch: int | None) -> str:
+    """What a QEMU has in its environment, so that it can be recognised: of one run of one VM of one root. None: of whichever run it is."""
+    return f"{paths.state}:{'' if epoch is None else epoch}"
 
 
 def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool, log_bytes: int) -> Launched:
@@ -74,7 +76,9 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
         directory = _directory(definition, paths)
         agent_fd = agent_listener.fileno() if agent_listener is not None else None
         argv = command_line(definition, monitor_fd=monitor_listener.fileno(), agent_fd=agent_fd, stopped=stopped)
-        log = on_failure.enter_context(_open_log(paths.qemu_log, log_bytes, f"--- epoch {epoch}: {' '.join(argv)}\n"))
+        log = on_failure.enter_context(
+            _open_log(paths.qemu_log, log_bytes, _first_line(epoch) + f" {' '.join(argv)}\n".encode())
+        )
         try:
             with unlimited_children():
                 child = subprocess.Popen(
@@ -98,17 +102,33 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
     return Launched(process, connection, argv)
 
 
-def log_tail(paths: VmPaths) -> str:
-    """The end of what QEMU printed in its newest run."""
+def log_tail(paths: VmPaths, epoch: int) -> str:
+    """The end of what QEMU printed in the run of this epoch; "" if that is not the newest one in the log: it never came to a QEMU."""
     try:
         with paths.qemu_log.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(_newest_begins(file, size))
+            if not file.readline().startswith(_first_line(epoch)):
+                return ""
+            file.seek(max(file.tell(), size - LOG_TAIL_BYTES))
+            return file.read(LOG_TAIL_BYTES).decode("utf-8", "replace").strip()
     except OSError as error:
         return f"(qemu.log cannot be read: {error.strerror})"
-    _, _, newest = text.rpartition("--- epoch ")
-    return newest.partition("\n")[2].strip() if "--- epoch " in text else text.strip()
+
+
+def _first_line(epoch: int) -> bytes:
+    """How the line begins that stands before what a run's QEMU prints."""
+    return b"%s%d:" % (_RUN_BEGINS, epoch)
+
+
+def _newest_begins(file: IO[bytes], size: int) -> int:
+    """Where the newest run begins in a log; 0 if no run does."""
+    for at in range(size - size % _LOOK_BYTES, -1, -_LOOK_BYTES):
+        file.seek(at)
+        found = file.read(_LOOK_BYTES + len(_RUN_BEGINS)).rfind(_RUN_BEGINS)  # one may stand across the border
+        if found >= 0:
+            return at + found
+    return 0
 
 
 def _binary(name: str) -> list[str]:
@@ -157,14 +177,14 @@ def _connect(path: Path) -> socket.socket:
     return connection
 
 
-def _open_log(path: Path, max_bytes: int, first_line: str) -> IO[bytes]:
+def _open_log(path: Path, max_bytes: int, first_line: bytes) -> IO[bytes]:
     """qemu.log, with the line that begins a run. Raises `LaunchFailed`: a disk that takes no line takes no run.json either."""
     try:
         if path.exists() and path.stat().st_size > max_bytes:
             path.rename(path.with_name(path.name + ".1"))
         log = path.open("ab", buffering=0)
         try:
-            log.write(first_line.encode())
+            log.write(first_line)
         except BaseException:
             log.close()
             raise

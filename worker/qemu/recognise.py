@@ -3,8 +3,8 @@
 
     known by its pid       same start time and executable: it is. Another start time: the run's process is gone. Another executable, or
                            one that may not be read: it is if it has the run's mark in its environment, or made the monitor's socket
-    launched, pid unknown  (its worker died in the instant of the start) sought in /proc by the mark; none, and nobody listens at the
-                           monitor's socket: gone
+    launched, pid unknown  (its worker died in the instant of the start, or run.json was damaged) sought in /proc by the mark; none, and
+                           the monitor's socket refuses: gone. None, and no socket there: gone if no process can be seen that may be it
     attached without pid   nobody knows
 
 What cannot be told is an error of its own, never "gone": a second QEMU on the same disks, or a signal to a stranger, cannot be taken back.
@@ -50,7 +50,7 @@ def recognise(run: Run, paths: VmPaths, connection: socket.socket | None = None)
     if not run.launched:
         return None
     found = find_marked(mark)
-    if found is None and is_refused(run.monitor):
+    if found is None and (is_refused(run.monitor) or not (os.path.lexists(run.monitor) or any_may_be(mark))):
         raise ProcessGone(f"no process was started for it, and nobody listens at {run.monitor}")
     return found
 
@@ -61,12 +61,39 @@ def is_marked(pid: int, mark: str) -> bool:
     False, too, if its environment may not be read.
     """
     directory = Path(f"/proc/{pid}")
-    wanted = f"{VM_VARIABLE}={mark}".encode()
     with contextlib.suppress(OSError):  # gone meanwhile, or not ours to look at
-        if directory.stat().st_uid != os.geteuid() or wanted not in (directory / "environ").read_bytes().split(b"\0"):
-            return False
-        return MONITOR_ARGUMENT.encode() in (directory / "cmdline").read_bytes().split(b"\0")
+        return directory.stat().st_uid == os.geteuid() and _has_mark(directory, mark) and _has_monitor(directory)
     return False
+
+
+def any_may_be(mark: str) -> bool:
+    """Whether a QEMU of vmloop's may be the one with this mark: it has become another user's, or does not show its environment."""
+    return any(_may_be(Path("/proc", entry), mark) for entry in os.listdir("/proc") if entry.isdecimal())
+
+
+def _may_be(directory: Path, mark: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+        try:
+            return _has_monitor(directory) and _has_mark(directory, mark)
+        except PermissionError:
+            return True
+    return False
+
+
+def _has_mark(directory: Path, mark: str) -> bool:
+    """`mark` as `mark_of` makes it: one that names no epoch is had by a process of any."""
+    wanted = f"{VM_VARIABLE}={mark}".encode()
+    for variable in (directory / "environ").read_bytes().split(b"\0"):
+        if variable == wanted or (
+            mark.endswith(":") and variable.startswith(wanted) and variable[len(wanted) :].isdigit()
+        ):
+            return True
+    return False
+
+
+def _has_monitor(directory: Path) -> bool:
+    """A helper that inherited the mark has not."""
+    return MONITOR_ARGUMENT.encode() in (directory / "cmdline").read_bytes().split(b"\0")
 
 
 def find_marked(mark: str) -> QemuProcess | None:

@@ -64,10 +64,10 @@ def serve(
 ) -> None:
     """Put a VM behind listening sockets, by chardev id, and let it begin. The VM owns the sockets and closes them when it ends.
 
-    `emitted` is told what happens at the first monitor, and belongs to it.
+    `emitted` is told what happens at the first monitor, to which it belongs, and which marks the agent leaves.
     """
     monitor_ports: dict[str, MonitorPort] = {}
-    agent_port = AgentPort(agent[1], vm) if agent is not None else None
+    agent_port = AgentPort(agent[1], vm, emitted) if agent is not None else None
 
     def chardevs() -> list[Chardev]:
         lines = [Chardev(label, port.address, port.connected, True) for label, port in monitor_ports.items()]

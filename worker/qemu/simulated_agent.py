@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any, Final
 
 from .simulated_damage import garbled, padded
+from .simulated_emitted import Emitted
 from .simulated_faults import Faults
 from .simulated_guest import Guest
 from .simulated_json import Input, JsonStream, to_line
@@ -31,10 +32,10 @@ _FLOOD_LINE: Final = to_line({"return": 0}, b"\n")
 class AgentPort(Port):
     """The host's end of the agent's port, with the agent behind it."""
 
-    def __init__(self, listener: socket.socket, vm: SimulatedVm) -> None:
+    def __init__(self, listener: socket.socket, vm: SimulatedVm, emitted: Emitted | None = None) -> None:
         super().__init__(listener)
         self._vm = vm
-        self._guest = Guest(vm)
+        self._guest = Guest(vm, emitted or Emitted())
         self._stream = JsonStream()
         self._late: deque[tuple[float, bytes]] = deque()  # when due, and the line
         self._working = False  # in the middle of one command no other is begun, whatever the first brings about

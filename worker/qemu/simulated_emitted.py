@@ -4,7 +4,7 @@
     {"pid", "started", "vm", "at"}       a run begins: its process (`started` as in common/process.py), CLOCK_MONOTONIC in seconds
     {"event", "time", "data"}            an event, before its bytes go to the monitor's client; time in microseconds, as the event says it
     {"command"}                          a command that is no query was carried out
-    {"mark"}                             `x-simulate` left the mark that it was given
+    {"mark"}                             `x-simulate`, or `x-mark` of the guest's agent, left the mark that it was given
 
 One JSON line each, in the order of what happened, with one write(2) and no buffer: what a client has read stands in the file, whatever
 kills the process. Without a file nothing is written.

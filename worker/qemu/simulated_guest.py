@@ -14,12 +14,16 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from .simulated_emitted import Emitted
 from .simulated_files import Files, is_mode
 from .simulated_programs import MAX_OUTPUT, Outcome, Surroundings, run_program
 from .simulated_requests import Argument, Refused, check_arguments, disabled_command, no_such_command
 from .simulated_vm import SimulatedVm
 
 AGENT_VERSION: Final = "7.2.22"
+MARK_COMMAND: Final = (
+    "x-mark"  # which qemu-ga has not, and guest-info does not tell of: one line in the file of -emitted
+)
 
 MAX_PROCESSES: Final = 64  # running, or ended and not asked for; each may hold twice MAX_OUTPUT
 MAX_READ: Final = 48 << 20  # bytes that guest-file-read takes as its count
@@ -50,8 +54,9 @@ class _Process(NamedTuple):
 class Guest:
     """The guest behind an agent. Its files outlive a reset of the machine."""
 
-    def __init__(self, vm: SimulatedVm) -> None:
+    def __init__(self, vm: SimulatedVm, emitted: Emitted) -> None:
         self.vm = vm
+        self.emitted = emitted
         self.files = Files()
         self.processes: dict[int, _Process] = {}
         self.last_pid = FIRST_PID - 1
@@ -103,8 +108,14 @@ def _info(guest: Guest, _: dict[str, Any]) -> Any:
         "supported_commands": [
             {"enabled": guest.enabled(name), "name": name, "success-response": name not in _QUIET}
             for name in reversed(_COMMANDS)
+            if name != MARK_COMMAND
         ],
     }
+
+
+def _mark(guest: Guest, arguments: dict[str, Any]) -> Any:
+    guest.emitted.mark(arguments["mark"])
+    return {}
 
 
 def _osinfo(_guest: Guest, _: dict[str, Any]) -> Any:
@@ -376,4 +387,5 @@ _COMMANDS: Final[dict[str, _Command]] = {
     "guest-get-users": _Command(_users),
     "guest-get-timezone": _Command(_timezone),
     "guest-get-osinfo": _Command(_osinfo),
+    MARK_COMMAND: _Command(_mark, (Argument("mark"),)),
 }

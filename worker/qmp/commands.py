@@ -36,6 +36,7 @@ class Command(msgspec.Struct):
     key: bytes = b""
     fds: tuple[int, ...] = ()
     sent: float = 0.0
+    entered: Callable[[], None] = lambda: None  # called when it is written down, before it is sent
 
 
 class Greeting(msgspec.Struct, frozen=True):

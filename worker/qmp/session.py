@@ -54,9 +54,8 @@ log = logging.getLogger(__name__)
 
 IN_BAND_WINDOW: Final = 7  # one below QEMU's own queue, see above
 OOB_WINDOW: Final = 4  # out-of-band commands of callers; the liveness probe has a place of its own
-REPAIR_SECONDS: Final = (
-    3600.0  # QEMU answers in order, however late; the cut command's caller has a deadline of its own
-)
+# QEMU answers in order, however late; the cut command's caller has a deadline of its own.
+REPAIR_SECONDS: Final = 3600.0
 MAX_WAITING: Final = 1024  # commands of one VM, on the wire or before it
 
 
@@ -123,14 +122,14 @@ class QmpSession:
         `answer` gives for each command that is owed whom to tell; None if nobody waits for it.
         """
         self.oob = oob
-        if not self._greeted.done():
-            self._greeted.set_result(None)
+        self._greeted.set_result(None)
         for owed in self._ledger:
             done = answer(owed)
+            late = owed.request and owed.deadline <= self._loop.time()  # else nobody waits, and nobody was told to
             command = Command(
                 name="(sent by an earlier worker)",
                 text=b"",
-                done=done or _nobody,  # an answer that nobody waits for is not late
+                done=done or (None if late else _nobody),
                 qmp_id=owed.qmp_id,
                 request=owed.request,
                 reading=owed.reading,
@@ -180,12 +179,11 @@ class QmpSession:
         seconds: float,
         reading: bool = True,
         oob: bool = False,
-        request: int = 0,
     ) -> Any:
-        """Send one of vmloop's own commands and wait for its `return`. Raises the error tree's members. `request`: for whom, if anybody."""
+        """Send one of vmloop's own commands and wait for its `return`. Raises the error tree's members."""
         future, done = awaited(self._loop)
         deadline = self._loop.time() + seconds
-        self.submit(command, arguments, done=done, deadline=deadline, reading=reading, oob=oob, request=request)
+        self.submit(command, arguments, done=done, deadline=deadline, reading=reading, oob=oob)
         return await future
 
     def submit(
@@ -201,10 +199,11 @@ class QmpSession:
         key: bytes = b"",
         fds: tuple[int, ...] = (),
         wait_frozen: bool = False,
+        entered: Callable[[], None] = lambda: None,
     ) -> None:
         """Send a command, or put it in line. `done` is called once: at once with an error, or later on the loop.
 
-        deadline: loop time at which the wait ends; fds: passed along and closed here.
+        deadline: loop time at which the wait ends; fds: passed along, closed here; entered: called when the ledger has it, before the send.
         """
         try:
             self._refuse(name, oob=oob, wait_frozen=wait_frozen)
@@ -214,7 +213,7 @@ class QmpSession:
             close_all(fds)
             done(None, error)
             return
-        command = Command(name, text, done, qmp_id, request, reading, oob, deadline, key, fds)
+        command = Command(name, text, done, qmp_id, request, reading, oob, deadline, key, fds, entered=entered)
         self._by_id[qmp_id] = command
         self._deadlines.add(qmp_id, deadline)
         self._set_timer(deadline)
@@ -250,9 +249,11 @@ class QmpSession:
     # -- out ------------------------------------------------------------------------------------------------------------------
 
     def _send(self, command: Command) -> None:
+        self._writer.announce(command.qmp_id)
         self._ledger.enter(
             Owed(command.qmp_id, command.request, command.reading, command.oob, command.deadline, command.key)
         )
+        command.entered()
         self._window[command.oob] -= 1
         command.sent = self._loop.time()
         self._on_wire[command.qmp_id] = command

@@ -49,6 +49,10 @@ class CommandWriter:
         """For a fresh connection: nothing is half written."""
         self._words[Word.SENDING] = 0
 
+    def announce(self, qmp_id: int) -> None:
+        """A command is about to be entered as sent: until it is, a successor takes it for cut, and asks QEMU."""
+        self._words[Word.SENDING] = qmp_id
+
     def write(self, text: bytes, qmp_id: int, fds: tuple[int, ...] = ()) -> None:
         """Send a command. `fds` go with its first byte and are closed here. The caller has seen that the writer is not `full`."""
         self._rest = text

@@ -17,6 +17,7 @@ from ..qmp.commands import Done, awaited
 from .request import Request
 
 if TYPE_CHECKING:
+    from ..answers import Begun
     from ..app import App
 
 SIGN_OF_LIFE: Final = 1.0  # seconds between the partial answers of a freeze that is held
@@ -56,11 +57,9 @@ def agent(app: App, request: Request, arguments: AgentArguments, done: Done) -> 
 async def hold(app: App, request: Request, arguments: AgentArguments) -> dict[str, Any]:
     """A freeze for as long as whoever asked stays: `{thawed: why}` once the guest is thawed."""
     _check(arguments)
+    if request.begun is None:
+        app.requests.begun(request)
     guard = app.vm.agent.guard
-    if request.begun is not None:  # by an earlier worker, which its caller's freeze ends with
-        guard.thaw("worker lost")
-        raise OutcomeUnknown(f"VM {app.name}: its worker was lost while it held the freeze; the guest is thawed now")
-    app.requests.begun(request)
     thawed: asyncio.Future[str] = app.loop.create_future()
     gone = asyncio.Event()
 
@@ -76,7 +75,7 @@ async def hold(app: App, request: Request, arguments: AgentArguments) -> dict[st
     frozen = False
     ends = [guard.on_thawed(on_thawed), app.requests.on_cancel(request.number, on_gone)]
     try:
-        count = await _freeze(app, request, arguments)
+        count = await _freeze(app, request, arguments) if request.begun is None else _frozen_before(app, request.begun)
         if count == 0:
             return {"thawed": "there was nothing to freeze"}
         frozen = True
@@ -101,12 +100,29 @@ def only_looks(command: str) -> bool:
     return command in _READING or command.startswith("guest-get-")
 
 
+def _frozen_before(app: App, begun: Begun) -> int | None:
+    """How many file systems an earlier worker had frozen for this request, which is held on. Raises `OutcomeUnknown`."""
+    guard = app.vm.agent.guard
+    found: int | None = 0
+    for event in app.vm.events.since(begun.cursor):
+        if event.event == "AGENT_FROZEN":
+            found = event.data.get("count")
+        elif event.event == "AGENT_THAWED":
+            found = 0
+    if found == 0 or not guard.until:
+        guard.thaw("worker lost")
+        text = f"VM {app.name}: its worker was lost while it froze the guest's file systems; they are thawed if they were frozen"
+        raise OutcomeUnknown(text)
+    return found
+
+
 def _check(arguments: AgentArguments) -> None:
     if arguments.command not in FREEZES and (arguments.hold or arguments.limit is not None):
         raise BadRequest(f"agent: hold and limit are for guest-fsfreeze-freeze, not for {arguments.command}")
 
 
 def _submit(app: App, request: Request, arguments: AgentArguments, done: Done) -> None:
+    app.vm.require_run()
     name = arguments.command
     app.vm.agent.submit(
         name,

@@ -10,6 +10,7 @@ import msgspec
 from ...common.definition import definition_from_mapping, definition_to_toml
 from ...common.durable import write_whole
 from ...common.errors import AlreadyRunning, BadRequest, ConfigError, Denied
+from ..epochs import leave_epoch
 from ..runfile import remove_directory
 from .request import Request
 
@@ -47,6 +48,7 @@ async def undefine(app: App, request: Request, arguments: UndefineArguments) -> 
     del request, arguments
     if app.vm.alive:
         raise AlreadyRunning(f"VM {app.name} is {app.vm.state.state.value}; stop or detach it first")
+    leave_epoch(app.paths, app.vm.run, app.vm.events.newest_epoch)  # tried again when the directory has made room
     try:
         remove_directory(app.paths.state)
     except OSError as error:

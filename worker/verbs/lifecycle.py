@@ -88,7 +88,8 @@ async def _carry_on_start(app: App, request: Request, arguments: StartArguments)
     if vm.alive:
         await beginnings.carry_on(vm, app.handling, paused=arguments.paused, go=_go(app, request))
     elif not vm.came_up:
-        raise LaunchFailed(f"VM {app.name} did not start: {vm.exit_text or vm.state.reason}", log=log_tail(app.paths))
+        tail = log_tail(app.paths, vm.run.epoch if vm.run is not None else 0)
+        raise LaunchFailed(f"VM {app.name} did not start: {vm.exit_text or vm.state.reason}", log=tail)
     return _run_facts(app)
 
 
@@ -100,7 +101,7 @@ def _go(app: App, request: Request) -> Callable[[], Awaitable[Any]]:
 def _has_run_since(app: App, request: Request) -> bool:
     """Whether a new run has begun since an earlier worker took the request up."""
     run = app.vm.run
-    return request.begun is not None and run is not None and run.epoch > request.begun.epoch
+    return request.begun is not None and run is not None and run.first_epoch > request.begun.epoch
 
 
 async def attach(app: App, request: Request, arguments: AttachArguments) -> dict[str, Any]:
@@ -142,6 +143,10 @@ async def stop(app: App, request: Request, arguments: StopArguments) -> dict[str
     vm = app.vm
     until = min(app.loop.time() + arguments.timeout, request.deadline)
     try:
+        if request.begun is not None:  # its worker is a new one, whose monitor may have to be sought
+            await vm.wait_until(lambda: vm.connected or not vm.alive, until)
+            if _is_over(app, request):
+                return _state(app)
         async with app.order.turn("stop", until):
             vm.intent = "user"
             if vm.state.state is not VmState.SHUTDOWN:
@@ -297,8 +302,8 @@ async def _quit_instead(app: App, request: Request, why: str, deadline: float) -
 
 def _is_over(app: App, request: Request) -> bool:
     """Whether the run that an earlier worker was to end has ended."""
-    run = app.vm.run
-    return request.begun is not None and (not app.vm.alive or run is None or run.epoch != request.begun.epoch)
+    run, begun = app.vm.run, request.begun
+    return begun is not None and (not app.vm.alive or run is None or not run.first_epoch <= begun.epoch <= run.epoch)
 
 
 def _state(app: App) -> dict[str, Any]:

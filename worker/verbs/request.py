@@ -12,7 +12,7 @@ import msgspec
 
 from ...common.errors import BadRequest
 from ...common.pack import unpack_map
-from ..answers import Begun
+from ..answers import Begun, Left
 from ..qmp.commands import Done
 
 
@@ -27,8 +27,12 @@ class Request(msgspec.Struct, frozen=True):
     key: bytes
     partial: Callable[[Any], None]
     lasting: bool = False  # its answer must be known to the next worker
-    begun: Begun | None = None  # an earlier worker had begun it
-    steps: tuple[str, ...] = ()  # and sent these commands
+    left: Left | None = None  # what an earlier worker that had begun it had done
+
+    @property
+    def begun(self) -> Begun | None:
+        """When an earlier worker had begun it; None if none had."""
+        return self.left.begun if self.left is not None else None
 
 
 class Lane(Enum):

@@ -32,7 +32,7 @@ TASKS: Final = 4  # of the asyncio client
 
 _MARK: Final = 0.55  # the share of mutating commands
 _REPEAT: Final = 0.15  # of these, the share that is sent again with its key
-_AGENT: Final = 0.2  # of the reading ones, the share for the agent
+_AGENT: Final = 0.2  # of those for a VM with an agent, the share for it
 
 
 class Stage(msgspec.Struct):
@@ -61,11 +61,13 @@ def asks(stage: Stage, client: str) -> Any:
     for number in itertools.count():
         actor = chance.choice(stage.actors)
         service = f"vm/{actor.name}"
+        for_agent = actor.kind == LAUNCHED and chance.random() < _AGENT
         if chance.random() < _MARK:
             mark = f"m-{client}-{number}"
-            request = Request(service, "qmp", marking(actor, mark), requests.plain, TIMEOUT, key=mark.encode())
+            op, arguments = ("agent", agent_marking(mark)) if for_agent else ("qmp", marking(actor, mark))
+            request = Request(service, op, arguments, requests.plain, TIMEOUT, key=mark.encode())
             yield Ask(actor.name, request, mark, chance.random() < _REPEAT)
-        elif actor.kind == LAUNCHED and chance.random() < _AGENT:
+        elif for_agent:
             yield Ask(actor.name, requests.agent(service, "guest-ping", None, TIMEOUT))
         else:
             yield Ask(actor.name, requests.qmp(service, "query-status", None, False, False, TIMEOUT, None))
@@ -76,6 +78,11 @@ def marking(actor: Actor, mark: str) -> dict[str, Any]:
     if actor.kind == REAL:
         return {"command": "object-add", "arguments": {"qom-type": "secret", "id": mark, "data": "x"}}
     return {"command": "x-simulate", "arguments": {"mark": mark}}
+
+
+def agent_marking(mark: str) -> dict[str, Any]:
+    """The arguments of an `agent` that leaves a mark in the guest."""
+    return {"command": "x-mark", "arguments": {"mark": mark}}
 
 
 def in_thread(stage: Stage, name: str, act: Callable[[Stage, str], None]) -> threading.Thread:
@@ -147,4 +154,5 @@ def ended(client: str, ask: Ask, began: float, error: VmloopError | None) -> Com
         mark=ask.mark,
         keyed=request.key != b"" and not request.reading,
         reading=request.reading,
+        sent=None if error is None else error.fields.get("sent"),
     )

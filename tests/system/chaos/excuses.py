@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import Final
 
 from .plan import BROKER, KILL, QEMU, STOP, WORKER, ZYGOTE
-from .recording import Recording
+from .recording import RESULT, STOP_SECONDS, Life, Recording
 
 # A command may meet a process that has just died and whose end nobody has seen yet.
 EDGE: Final = 0.5  # seconds
@@ -19,6 +19,14 @@ AGENT_RECOVERY: Final = 6.0  # seconds
 BROKER_BACK: Final = 3.0  # seconds
 # A new zygote has its connections a moment after it is there: each worker is told, and hands its own over.
 HAND_OVER: Final = 2.0  # seconds
+# Worker and zygote are dead: a broker may have to come back first, then a worker, then QEMU may stand still for a while.
+RECONNECT: Final = 15.0  # seconds
+# The witness of a process's end is as exact as its poll; an operation that killed it was under way then, or a fault had just been.
+KILL_SEEN: Final = 1.0  # seconds
+# Who was launched has an agent a moment later: it boots, and opens its port.
+BOOT: Final = 3.0  # seconds
+
+Span = tuple[float, float]
 
 
 class Excuses:
@@ -27,6 +35,8 @@ class Excuses:
     def __init__(self, recording: Recording) -> None:
         self._faults = recording.faults
         self._lives = recording.lives
+        self._commands = recording.commands
+        self._epoch = recording.epoch
         self._still: dict[str, list[float]] = defaultdict(list)  # when `list` said of a VM that its CPUs do not run
         for claim in recording.claims:
             if claim.state != "running":
@@ -37,26 +47,38 @@ class Excuses:
 
     def qemu_touched(self, vm: str, began: float, ended: float) -> bool:
         """The VM's QEMU ended or stood still while the command was under way."""
-        stopped = any(
-            fault.vm == vm
-            and fault.whom == QEMU
-            and fault.what == STOP
-            and fault.at <= ended
-            and _end(fault.until) >= began
-            for fault in self._faults
-        )
-        return stopped or any(
+        return self.qemu_stopped(vm, began, ended) or self.qemu_ended(vm, began, ended)
+
+    def qemu_ended(self, vm: str, began: float, ended: float) -> bool:
+        """A QEMU of the VM's ended while the command was under way: what the kernel saw, whoever killed it."""
+        return any(
             life.vm == vm and life.gone is not None and began - EDGE <= life.gone <= ended + EDGE
             for life in self._lives
         )
 
+    def was_killed(self, life: Life) -> bool:
+        """The process did not end in order: a fault hit it, or vmloop was told to end it, or gave up a start."""
+        if life.gone is None:
+            return False
+        return self.fault_killed(life) or any(
+            command.vm == life.vm
+            and command.began - EDGE <= life.gone <= command.ended + EDGE
+            and (
+                command.op == "kill"
+                or (command.op == "stop" and life.gone >= command.began + STOP_SECONDS - EDGE)  # then it is killed
+                or (command.op == "start" and command.outcome != RESULT)
+            )
+            for command in self._commands
+        )
+
+    def fault_killed(self, life: Life) -> bool:
+        """The process ended by a fault."""
+        return life.gone is not None and bool(self._killed(QEMU, life.vm, life.gone - KILL_SEEN, life.gone))
+
     def qemu_stopped(self, vm: str, began: float, ended: float) -> bool:
         """The VM's QEMU stood still in that time."""
         return any(
-            fault.vm == vm
-            and fault.whom == QEMU
-            and fault.at <= ended
-            and (fault.what == KILL or _end(fault.until) >= began)
+            (fault.what, fault.whom, fault.vm) == (STOP, QEMU, vm) and fault.at <= ended and _end(fault.until) >= began
             for fault in self._faults
         )
 
@@ -74,16 +96,69 @@ class Excuses:
     def worker_died(self, vm: str, began: float, ended: float) -> bool:
         return any(self._killed(WORKER, vm, began - EDGE, ended))
 
-    def connection_lost(self, vm: str, began: float, ended: float) -> bool:
-        """Nobody held the VM's connection: worker and zygote died, whichever was first, before anybody came in the place of the first."""
+    def worker_touched(self, vm: str, began: float, ended: float) -> bool:
+        """The VM's worker was killed in that time, or stood still: one that does not take up a kill is replaced."""
         return any(
-            any(start <= at <= end for start, end in self._unkept) or self._zygote_died_before_a_successor_of(vm, at)
-            for at in self._killed(WORKER, vm, began - EDGE, ended)
+            (fault.whom, fault.vm) == (WORKER, vm)
+            and fault.at <= ended
+            and max(fault.at, fault.until or 0.0) >= began - EDGE
+            for fault in self._faults
         )
 
-    def _zygote_died_before_a_successor_of(self, vm: str, worker_death: float) -> bool:
+    def worker_deaths(self, vm: str, began: float, ended: float) -> list[float]:
+        """When the VM's worker was killed with the command under way, or a moment before."""
+        return self._killed(WORKER, vm, began - EDGE, ended)
+
+    def agent_not_there(self, vm: str, began: float, ended: float) -> bool:
+        """The guest's agent had reason to be silent or absent: a guest that ends, has just come or stands still, or a new connection."""
+        return (
+            self.qemu_touched(vm, began - AGENT_RECOVERY, ended)
+            or self.guest_stood_still(vm, began, ended)
+            or self.worker_died(vm, began - AGENT_RECOVERY, ended)
+            or any(life.vm == vm and began - BOOT <= life.born <= ended + EDGE for life in self._lives)
+        )
+
+    def connection_lost(self, vm: str, began: float, ended: float) -> bool:
+        """Nobody held the VM's connection: worker and zygote died, whichever was first, before anybody came in the place of the first."""
+        return bool(self._losses(vm, began - EDGE, ended))
+
+    def unconnected(self, vm: str, began: float, ended: float) -> bool:
+        """The connection was lost so shortly before that it need not be there again."""
+        return any(start <= ended and began <= end for start, end in self.losses(vm))
+
+    def losses(self, vm: str) -> list[Span]:
+        """The spans in which events may be lost: from a death of worker and zygote together until the next worker must have connected."""
+        return self._losses(vm, float("-inf"), float("inf"))
+
+    def may_be_lost_at(self, vm: str, at: float) -> bool:
+        return any(start <= at <= end for start, end in self.losses(vm))
+
+    def on_our_clock(self, micros: float) -> float:
+        """An event's time as seconds on the clock of the recording."""
+        return micros / 1e6 - self._epoch
+
+    def _losses(self, vm: str, began: float, ended: float) -> list[Span]:
+        spans = []
+        for at in self._killed(WORKER, vm, began, ended):
+            unkept = any(start <= at <= end for start, end in self._unkept)
+            later = self._zygote_death_before_a_successor_of(vm, at)
+            if unkept or later is not None:
+                spans.append((self._read_until(vm, at) - EDGE, max(at, later or at) + RECONNECT))
+        return spans
+
+    def _read_until(self, vm: str, worker_death: float) -> float:
+        """A worker that stood still when it was killed had read nothing since."""
+        stops = [
+            fault.at
+            for fault in self._faults
+            if (fault.what, fault.whom, fault.vm) == (STOP, WORKER, vm)
+            and fault.at <= worker_death <= _end(fault.until)
+        ]
+        return min([worker_death, *stops])
+
+    def _zygote_death_before_a_successor_of(self, vm: str, worker_death: float) -> float | None:
         came = min((born for born in self._worker_births[vm] if born > worker_death), default=float("inf"))
-        return any(worker_death <= at <= came for at in self._zygote_deaths)
+        return next((at for at in self._zygote_deaths if worker_death <= at <= came), None)
 
     def _killed(self, whom: str, vm: str, began: float, ended: float) -> list[float]:
         return [

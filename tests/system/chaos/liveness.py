@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about what `list` claims: no VM reported gone that lives, none reported alive that is long gone. `unknown` is no claim. Pure."""
+"""Rules about what `list` claims: no VM reported gone that lives, none reported alive that is long gone. Pure.
+
+`unknown` and `starting` are no claims, but a VM that lives and that no fault has touched for a while must not stay so.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ from .violation import Violation
 LONG_GONE: Final = 5.0  # seconds
 # A new process is told of by its worker: so long until `list` must know.
 NEW: Final = 2.0  # seconds
+# A VM in doubt is looked for at once, and a launch takes a second: nothing of vmloop's own takes so long.
+LONG_IN_DOUBT: Final = 20.0  # seconds
 
 GONE: Final = "shutoff"
 ALIVE: Final = frozenset({"running", "paused"})
+IN_DOUBT: Final = frozenset({"unknown", "starting"})
 
 
 def wrong_claims(recording: Recording) -> Iterator[Violation]:
@@ -30,6 +36,35 @@ def wrong_claims(recording: Recording) -> Iterator[Violation]:
         if violation is not None and (violation.rule, claim.vm, claim.epoch) not in said:
             said.add((violation.rule, claim.vm, claim.epoch))
             yield violation
+    for vm in recording.vms:
+        yield from _long_in_doubt(vm, recording, lives[vm])
+
+
+def _long_in_doubt(vm: str, recording: Recording, lives: list[Life]) -> Iterator[Violation]:
+    """One finding for each time that a VM stays unknown, from the last fault that touched it on, while its process lives."""
+    touched = sorted(
+        at for fault in recording.faults if fault.vm == vm for at in (fault.at, fault.until) if at is not None
+    )
+    since: float | None = None
+    told = False
+    for claim in recording.claims:
+        if claim.vm != vm:
+            continue
+        if claim.state not in IN_DOUBT:
+            since, told = None, False
+            continue
+        since = claim.asked if since is None else since
+        last = max((at for at in touched if at <= claim.answered), default=since)
+        begun = max(since, last)
+        life = next((life for life in lives if _lives_through(life, begun, claim.asked)), None)
+        if life is not None and not told and claim.asked - begun > LONG_IN_DOUBT:
+            told = True
+            text = f"{claim.state} from {since:.3f} to {claim.answered:.3f}, and process {life.pid} lives all the time"
+            yield Violation("long in doubt", vm, text)
+
+
+def _lives_through(life: Life, began: float, ended: float) -> bool:
+    return life.born <= began + NEW and (life.gone is None or life.gone >= ended)
 
 
 def _wrong(claim: Claim, lives: list[Life]) -> Violation | None:

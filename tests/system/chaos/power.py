@@ -13,10 +13,9 @@ from vmloop.client.vm import Vm
 from vmloop.common.errors import VmloopError
 
 from .commands import CONNECT, Stage
-from .recording import RESULT, Command
+from .recording import RESULT, STOP_SECONDS, Command
 
 TIMEOUT: Final = 15.0  # seconds; a launch on a busy machine takes its time
-STOP_SECONDS: Final = 3.0  # that a guest has to power down; then it is killed
 PACE: Final = 0.25  # seconds between two operations of one client
 
 _OPERATIONS: Final[dict[str, Callable[[Vm], Any]]] = {
@@ -44,10 +43,11 @@ def power(stage: Stage, client: str) -> None:
             if off:
                 name, operation = chance.choice(off), "start"
             act = _OPERATIONS.get(operation, Vm.start)
-            stage.commands.append(_carry_out(client, host.vm(name), operation, act))
+            stage.commands.append(carry_out(client, host.vm(name), operation, act))
 
 
-def _carry_out(client: str, vm: Vm, operation: str, act: Callable[[Vm], Any]) -> Command:
+def carry_out(client: str, vm: Vm, operation: str, act: Callable[[Vm], Any]) -> Command:
+    """Do it, and what is written down of it. Used by storm.py too, for the end of a run."""
     began = time.monotonic()
     outcome, text = RESULT, ""
     try:

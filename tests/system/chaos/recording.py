@@ -12,6 +12,8 @@ import msgspec
 
 RESULT: Final = "result"  # the outcome of a command that was answered with one; others are error codes
 NO_ANSWER: Final = "no-answer"  # nobody said anything, long after the deadline
+THE_END: Final = "the end"  # the client that kills what still runs when everything has settled
+STOP_SECONDS: Final = 3.0  # that a guest has for every `stop` of a run; then it is killed
 
 
 class Injected(msgspec.Struct, frozen=True):
@@ -38,6 +40,7 @@ class Command(msgspec.Struct, frozen=True):
     keyed: bool = False
     reading: bool = False
     answers: int = 1  # how many came; only a raw client can see more than one
+    sent: bool | None = None  # whether the error says that the guest's agent was given the command
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -85,13 +88,17 @@ class Life(msgspec.Struct, frozen=True):
 
 
 class Account(msgspec.Struct, frozen=True):
-    """What one run of a VM says of itself. `whole`: from its first event on; else only the span of its emissions is told."""
+    """What one run of a VM says of itself. `whole`: from its first event on; else only the span of its emissions is told.
+
+    `asked`: `marks` are all that this run has been given; else they are not known.
+    """
 
     vm: str
     pid: int
     emissions: list[Emission]
     marks: list[str]
     whole: bool = True
+    asked: bool = True
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -120,5 +127,6 @@ class Recording(msgspec.Struct):
     lives: list[Life] = []
     claims: list[Claim] = []
     zygotes: list[Life] = []  # `vm` is empty
+    reopened: int = 0  # streams that ended with an error, and were opened again at their cursor
     leftovers: list[str] = []  # what was found after the end
     broken: list[str] = []  # what ended or raised without being told to: a broker, a thread of the test

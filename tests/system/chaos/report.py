@@ -31,6 +31,8 @@ def figures(recording: Recording, violations: list[Violation]) -> dict[str, Any]
         "events": len(events),
         "events_read": sum(len(reading.events) for reading in recording.readings),
         "readers": len(recording.readings),
+        "streams_reopened": recording.reopened,
+        "marks_asked_of_real": sum(account.asked for account in recording.accounts if not account.whole),
         "emitted": sum(len(account.emissions) for account in recording.accounts),
         "gaps_told": sum(is_marker(told) for reading in recording.readings for told in reading.events),
         "events_lost_allowed": sum(told.event == LOST for told in events) - rules["events lost"],

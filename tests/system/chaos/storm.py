@@ -16,6 +16,7 @@ import msgspec
 
 from vmloop.client.results import VmSummary
 from vmloop.client.session import Host
+from vmloop.client.vm import Vm
 from vmloop.common.errors import NotRunning, VmloopError
 
 from ..site import Site, wait_for
@@ -25,10 +26,10 @@ from .commands import Stage, asynchronous, blocking, in_thread
 from .faults import Faults
 from .followers import Followers, look
 from .plan import Strike, plan
-from .power import power
+from .power import carry_out, power
 from .raw import raw
-from .recording import Recording
-from .truth import Census, accounts_of, zygotes_of
+from .recording import RESULT, THE_END, Recording
+from .truth import Census, accounts_of, left_files, zygotes_of
 from .witness import Witness
 
 # Workers that the plan kills many times are not to be waited for longer and longer.
@@ -174,6 +175,7 @@ class _Run:
             list(pool.map(self._kill, own))
         ends |= {vm.name: (vm.epoch, vm.seq) for vm in self._list()}
         self._recording.readings += self._followers.finish(ends, READ_SECONDS)
+        self._recording.reopened = self._followers.reopened
         self._look("look when they are gone", own)
         self._recording.lives = self._census.stop()
         self._recording.zygotes = self._census.zygotes
@@ -184,12 +186,10 @@ class _Run:
         self._look_for_leftovers(files)
 
     def _kill(self, actor: Actor) -> None:
-        try:
-            self._host.vm(actor.name).kill()
-        except NotRunning:
-            return  # a client or a fault was first
-        except VmloopError as error:
-            self._recording.broken.append(f"kill of {actor.name} at the end: {error.code}: {error}")
+        command = carry_out(THE_END, self._host.vm(actor.name), "kill", Vm.kill)
+        self._recording.commands.append(command)
+        if command.outcome not in (RESULT, NotRunning.code):  # a client or a fault was first
+            self._recording.broken.append(f"kill of {actor.name} at the end: {command.outcome}: {command.text}")
 
     def _detach(self, actors: list[Actor]) -> None:
         for actor in actors:
@@ -231,7 +231,4 @@ class _Run:
         self._host = self._site.host()
         if wait_for(lambda: self._too_many(files) == "", FILES_SECONDS) is not True:
             left.append(self._too_many(files))
-        for actor in self._actors:
-            run = self._site.paths.vms_run / actor.name
-            left += [str(path) for name in ("*.sock", "carry.*") for path in run.glob(name)]
-        left += [str(path) for name in ("*.damaged-*", "*.tmp*", "*.new") for path in self._site.root.rglob(name)]
+        left += left_files(self._site.root, [self._site.paths.vms_run / actor.name for actor in self._actors])

@@ -12,13 +12,16 @@ from itertools import pairwise
 from typing import Final
 
 from .excuses import Excuses
-from .recording import Account, Emission, Reading, Recording, Told
+from .recording import Account, Emission, Life, Reading, Recording, Told
 from .violation import Violation
 
 LOST: Final = "EVENTS_LOST"
 TRUNCATED: Final = "JOURNAL_TRUNCATED"
 # Written down, and not in the kernel's hands yet when the VM was killed: one that it is at, a few if its monitor's socket was full.
 UNSENT: Final = 3
+# The last event before a gap and the first after it are told; what lies between is told by clocks of two processes of one machine.
+CLOCKS: Final = 0.01  # seconds
+STARTED: Final = "WORKER_STARTED"  # the first event of every epoch
 SHOWN: Final = 3  # of the missing events, by name; of the rest only the number
 
 Cursor = tuple[int, int]
@@ -32,11 +35,11 @@ def wrong_streams(recording: Recording, excuses: Excuses) -> Iterator[Violation]
         yield from _holes(vm, [*stream.values()])
         for reading in readings:
             yield from _wrong_reading(reading, stream)
-        yield from _wrong_lost(vm, stream, recording, excuses)
+        yield from _wrong_lost(vm, stream, excuses)
+        lives = [life for life in recording.lives if life.vm == vm]
+        yield from _wrong_epochs(vm, [*stream.values()], lives)
         accounts = [account for account in recording.accounts if account.vm == vm]
-        gone = {life.pid for life in recording.lives if life.vm == vm and life.gone is not None}
-        excused = excuses.connection_lost(vm, recording.began, recording.ended)
-        yield from _against_accounts(vm, [*stream.values()], accounts, gone, excused)
+        yield from _Comparison(vm, [*stream.values()], accounts, lives, excuses).violations()
 
 
 def stream_of(readings: list[Reading]) -> tuple[dict[Cursor, Told], list[str]]:
@@ -109,65 +112,114 @@ def _wrong_reading(reading: Reading, stream: dict[Cursor, Told]) -> Iterator[Vio
         )
 
 
-def _wrong_lost(vm: str, stream: dict[Cursor, Told], recording: Recording, excuses: Excuses) -> Iterator[Violation]:
-    """EVENTS_LOST of the VM's own only if its worker and the zygote died together."""
-    if excuses.connection_lost(vm, recording.began, recording.ended):
-        return
+def _wrong_lost(vm: str, stream: dict[Cursor, Told], excuses: Excuses) -> Iterator[Violation]:
+    """EVENTS_LOST of the VM's own only shortly after its worker and the zygote have died together."""
     for told in stream.values():
-        if told.event == LOST:
+        if told.event == LOST and not excuses.may_be_lost_at(vm, excuses.on_our_clock(told.time)):
             yield Violation(
                 "events lost", vm, f"{_at(told.cursor)} {told.data}, but somebody held the connection all the time"
             )
 
 
-def _against_accounts(
-    vm: str, stream: list[Told], accounts: list[Account], gone: set[int], excused: bool
-) -> Iterator[Violation]:
-    """The stream's QMP events are what the VM emitted, in that order."""
-    emitted = [(number, emission) for number, account in enumerate(accounts) for emission in account.emissions]
-    places = {emission: place for place, (_, emission) in enumerate(emitted)}
-    met, lost, matched = -1, False, set[int]()
+def _wrong_epochs(vm: str, stream: list[Told], lives: list[Life]) -> Iterator[Violation]:
+    """Each run begins with its worker's word, and each that is over says once that it is, as its last state."""
+    epochs: dict[int, list[Told]] = {}
     for told in stream:
-        if told.event == LOST:
-            lost = True
-        if told.origin != "qmp":
-            continue
-        place = places.get(Emission(told.event, told.time, told.data))
-        if place is None:
-            if not _unwitnessed(told, accounts):
-                yield Violation("never emitted", vm, f"{_at(told.cursor)} {told.event} {told.data:.80} at {told.time}")
-            continue
-        if place in matched:
-            yield Violation("emitted once, told twice", vm, f"{_at(told.cursor)} {told.event} {told.data:.80}")
-        elif place < met:
-            yield Violation(
-                "out of order", vm, f"{_at(told.cursor)} {told.event} was emitted before what comes before it"
-            )
-        if place > met:
-            yield from _skipped(vm, emitted[met + 1 : place], accounts, gone, excused, lost)
-            met = place
-        matched.add(place)
-        lost = False
-    yield from _skipped(vm, emitted[met + 1 :], accounts, gone, excused, lost)
+        epochs.setdefault(told.epoch, []).append(told)
+    gone = {life.epoch for life in lives if life.gone is not None and life.epoch}
+    newest = max(epochs, default=0)
+    for epoch in sorted(gone - epochs.keys()):
+        yield Violation("end never told", vm, f"nobody got any event of epoch {epoch}, whose process is gone")
+    for epoch, events in epochs.items():
+        if events[0].seq == 1 and events[0].event != STARTED:
+            yield Violation("begins with something else", vm, f"{_at(events[0].cursor)} is {events[0].event}")
+        if epoch not in gone and epoch == newest:
+            continue  # it lives, as far as is known
+        states = [json.loads(told.data).get("new") for told in events if told.event == "VM_STATE"]
+        if states.count("shutoff") != 1 or states[-1] != "shutoff":
+            yield Violation("end never told", vm, f"epoch {epoch} is over, and its last states are {states[-SHOWN:]}")
 
 
-def _skipped(
-    vm: str, skipped: list[tuple[int, Emission]], accounts: list[Account], gone: set[int], unkept: bool, marked: bool
-) -> Iterator[Violation]:
-    """Emissions that are not in the stream. What a QEMU still had in its hands when it was killed is nobody's fault.
+class _Comparison:
+    """The QMP events of one VM's stream, against what the VM emitted, in that order."""
 
-    `unkept`: for a time nobody held the VM's connection; `marked`: an EVENTS_LOST stands in their place.
-    """
-    wrong: list[Emission] = []
-    for number in sorted({number for number, _ in skipped}):
-        of_run = [emission for other, emission in skipped if other == number]
-        account = accounts[number]
-        at_its_end = of_run[-1] == account.emissions[-1] and account.pid in gone
-        if not (unkept and (marked or at_its_end)) and not (at_its_end and len(of_run) <= UNSENT):
-            wrong += of_run
-    if wrong:
-        first = ", ".join(f"{one.event} {one.data:.60} at {one.time}" for one in wrong[:SHOWN])
-        yield Violation("emitted, never told", vm, f"{len(wrong)} events: {first}")
+    def __init__(
+        self, vm: str, stream: list[Told], accounts: list[Account], lives: list[Life], excuses: Excuses
+    ) -> None:
+        self._vm = vm
+        self._stream = stream
+        self._accounts = accounts
+        self._excuses = excuses
+        gone = [life for life in lives if life.gone is not None]
+        self._gone = {life.pid for life in gone}
+        self._killed = {life.pid for life in gone if excuses.was_killed(life)}
+        self._gaps = [
+            gap for told in stream if told.event == LOST and (gap := self._gap(told)) is not None
+        ]  # in which emissions may be missing, for an EVENTS_LOST says so
+
+    def violations(self) -> Iterator[Violation]:
+        vm = self._vm
+        emitted = [
+            (number, emission) for number, account in enumerate(self._accounts) for emission in account.emissions
+        ]
+        places = {emission: place for place, (_, emission) in enumerate(emitted)}
+        met, matched = -1, set[int]()
+        for told in self._stream:
+            if told.origin != "qmp":
+                continue
+            place = places.get(Emission(told.event, told.time, told.data))
+            if place is None:
+                if not _unwitnessed(told, self._accounts):
+                    yield Violation(
+                        "never emitted", vm, f"{_at(told.cursor)} {told.event} {told.data:.80} at {told.time}"
+                    )
+                continue
+            if place in matched:
+                yield Violation("emitted once, told twice", vm, f"{_at(told.cursor)} {told.event} {told.data:.80}")
+            elif place < met:
+                yield Violation(
+                    "out of order", vm, f"{_at(told.cursor)} {told.event} was emitted before what comes before it"
+                )
+            if place > met:
+                yield from self._skipped(emitted[met + 1 : place])
+                met = place
+            matched.add(place)
+        yield from self._skipped(emitted[met + 1 :])
+
+    def _skipped(self, skipped: list[tuple[int, Emission]]) -> Iterator[Violation]:
+        """Emissions that are not in the stream. What a QEMU still had in its hands when it was killed is nobody's fault."""
+        wrong: list[Emission] = []
+        for number in sorted({number for number, _ in skipped}):
+            account = self._accounts[number]
+            of_run = [emission for other, emission in skipped if other == number]
+            at_its_end = of_run[-1] == account.emissions[-1] and account.pid in self._gone
+            missing = [emission for emission in of_run if not self._excused(emission, at_its_end=at_its_end)]
+            if not (at_its_end and account.pid in self._killed and len(missing) <= UNSENT):
+                wrong += missing
+        if wrong:
+            first = ", ".join(f"{one.event} {one.data:.60} at {one.time}" for one in wrong[:SHOWN])
+            yield Violation("emitted, never told", self._vm, f"{len(wrong)} events: {first}")
+
+    def _excused(self, emission: Emission, *, at_its_end: bool) -> bool:
+        """Nobody held the connection when it was emitted, and an EVENTS_LOST says so, or QEMU ended before anybody was connected again.
+
+        `since` of an EVENTS_LOST is when QEMU last said something, which may be long before the deaths: that alone excuses nothing.
+        """
+        at = self._excuses.on_our_clock(emission.time)
+        marked = any(since - CLOCKS <= at <= until + CLOCKS for since, until in self._gaps)
+        return any(
+            marked or (at_its_end and not any(start <= until < at - CLOCKS for _, until in self._gaps))
+            for start, end in self._excuses.losses(self._vm)
+            if start <= at <= end
+        )
+
+    def _gap(self, told: Told) -> tuple[float, float] | None:
+        """The span that an EVENTS_LOST speaks of; None of one that says nothing of the kind."""
+        data = json.loads(told.data)
+        since, until = data.get("since"), data.get("until")
+        if not isinstance(since, int | float) or not isinstance(until, int | float):
+            return None
+        return self._excuses.on_our_clock(since * 1e6), self._excuses.on_our_clock(until * 1e6)
 
 
 def _unwitnessed(told: Told, accounts: list[Account]) -> bool:

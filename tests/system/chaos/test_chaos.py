@@ -9,7 +9,7 @@ from .report import lines
 from .storm import Scenario, storm, strikes_of
 from .verdict import judge
 
-SCENARIO = Scenario(seed=1, seconds=10.0, vms=30)
+SCENARIO = Scenario(seed=35, seconds=10.0, vms=30)
 
 
 @pytest.mark.timeout(180)

@@ -175,6 +175,18 @@ def zygotes_of(root: Path) -> Iterator[int]:
                 yield int(directory.name)
 
 
+# Of a VM's run, and of files that are written whole: under a name of their own, then renamed.
+OF_A_RUN: Final = ("*.sock", "*carry.*")
+HALF_WRITTEN: Final = ("*.damaged-*", "*.tmp*", "*.new", ".*.new")
+
+
+def left_files(root: Path, run_directories: list[Path]) -> list[str]:
+    """What ought to be gone when all VMs are."""
+    found = {path for run in run_directories for name in OF_A_RUN for path in run.glob(name)}
+    found |= {path for name in HALF_WRITTEN for path in root.rglob(name)}
+    return [str(path.relative_to(root)) for path in sorted(found)]
+
+
 def accounts_of(actor: Actor) -> list[Account]:
     """What a simulated VM wrote down, run by run."""
     runs: list[Account] = []

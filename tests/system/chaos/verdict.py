@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was recorded → what is wrong. Pure: no clock, no file, no process; tests/unit/test_chaos_verdict.py breaks each rule.
+"""What was recorded → what is wrong. Pure: no clock, no file, no process; tests/unit/test_chaos_*.py break each rule.
 
 The rules stand in answers.py, streams.py and liveness.py; those about leftovers are here.
 """
@@ -13,12 +13,13 @@ from .answers import wrong_answers
 from .excuses import Excuses
 from .liveness import wrong_claims
 from .plan import KILL, ZYGOTE
-from .recording import Recording
-from .streams import wrong_streams
+from .recording import RESULT, THE_END, Recording
+from .streams import STARTED, stream_of, wrong_streams
 from .violation import Violation
 
 # All of /proc is read to see that a zygote has ended, a few times a second.
 SEEN_WITHIN: Final = 3.0  # seconds
+WORKER_LOST: Final = "WORKER_LOST"
 
 
 def judge(recording: Recording) -> list[Violation]:
@@ -30,6 +31,7 @@ def judge(recording: Recording) -> list[Violation]:
         *wrong_streams(recording, excuses),
         *wrong_claims(recording),
         *_unasked_ends(recording),
+        *_unasked_ends_of_workers(recording, excuses),
         *(Violation("left over", "", text) for text in recording.leftovers),
         *(Violation("broken", "", text) for text in recording.broken),
     ]
@@ -46,6 +48,19 @@ def _unasked_ends(recording: Recording) -> Iterator[Violation]:
             yield Violation("died unasked", "", text)
 
 
+def _unasked_ends_of_workers(recording: Recording, excuses: Excuses) -> Iterator[Violation]:
+    """A worker that was lost although no fault was meant for it since it, or one before it, began."""
+    for vm in recording.vms:
+        stream, _ = stream_of([reading for reading in recording.readings if reading.vm == vm])
+        since = recording.began
+        for told in stream.values():
+            at = excuses.on_our_clock(told.time)
+            if told.event == WORKER_LOST and not excuses.worker_touched(vm, since, at):
+                yield Violation("died unasked", vm, f"a worker between {since:.3f} and {at:.3f}: {told.data}")
+            if told.event == STARTED:
+                since = at
+
+
 def _worthless(recording: Recording) -> Iterator[Violation]:
     """A run in which nothing happened proves nothing."""
     for what, count in (
@@ -58,3 +73,15 @@ def _worthless(recording: Recording) -> Iterator[Violation]:
     ):
         if not count:
             yield Violation("worthless", "", f"not one {what} was recorded")
+    yield from _unread_marks(recording)
+
+
+def _unread_marks(recording: Recording) -> Iterator[Violation]:
+    """A real QEMU that lived until the end of the run, and that was not asked for its marks: none of them is counted."""
+    real = {account.vm for account in recording.accounts if not account.whole}
+    asked = {(account.vm, account.pid) for account in recording.accounts if account.asked}
+    killed = {command.vm for command in recording.commands if command.client == THE_END and command.outcome == RESULT}
+    for vm in sorted(real & killed):
+        newest = max((life for life in recording.lives if life.vm == vm), key=lambda life: life.born, default=None)
+        if newest is not None and (vm, newest.pid) not in asked:
+            yield Violation("worthless", vm, f"nobody read the marks of process {newest.pid}")

@@ -13,6 +13,8 @@ import struct
 import threading
 from typing import Any, Final
 
+import msgspec
+
 from .cast import Actor
 from .recording import Account, Emission
 from .streams import canonical
@@ -58,7 +60,7 @@ class Witness:
 
     def _listen(self, connection: socket.socket) -> None:
         peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        account = Account(self._actor.name, peer[0], [], [], whole=False)
+        account = Account(self._actor.name, peer[0], [], [], whole=False, asked=False)
         asked = False
         for message in self._messages(connection):
             if "QMP" in message:
@@ -70,6 +72,7 @@ class Witness:
                 account.emissions.append(Emission(message["event"], when, canonical(message.get("data"))))
             elif asked and isinstance(message.get("return"), list):
                 account.marks.extend(entry["name"] for entry in message["return"])
+                self.accounts[-1] = msgspec.structs.replace(account, asked=True)
                 return
             if self._stop.is_set() and not asked:
                 asked = True
