@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The broker's program: lock the root, bind, find what an earlier broker left, run. `vmloop broker`, or `python -m vmloop.broker DIR`."""
+"""The broker's program: lock the root, bind, find what an earlier broker left, run. `vmloop broker`, or `python -m vmloop.broker [DIR]`.
+
+With `--owned JSON` (common/ownership.py) it is a private broker, as client/embedding.py starts it: it ends with its owner.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import logging
@@ -14,19 +18,22 @@ from typing import Final
 
 import zmq
 
-from ..common.errors import Denied, VmloopError
-from ..common.log import log_to_stderr
+from ..common.errors import Denied, Internal, VmloopError
+from ..common.log import log_to_file, log_to_stderr
+from ..common.ownership import ownership_from_argument
 from ..common.paths import Paths, default_paths, paths_under
 from ..common.process import boot_id
 from ..common.settings import Settings, read_settings
 from ..common.sockets import CLIENT_QUEUE, WORKER_QUEUE, bind_publisher, bind_router
+from ..common.systemd import Notifier
 from .catalogue import scan
 from .fd_store import FdStore, take_stored
 from .host import HostCore
 from .looker import ProcLooker
 from .loop import Loop
+from .owner import LOG_BYTES, Owner, forget_starter
 from .spawner import Spawner
-from .systemd import Notifier, take_passed_fds
+from .systemd import take_passed_fds
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +42,19 @@ WANTED_FDS: Final = 65536
 _BOOT_BYTES: Final = 64  # of state/boot-id; the kernel's id has 36
 
 
-def serve(paths: Paths, boot: str | None = None) -> int:
+def serve(paths: Paths, boot: str | None = None, owner: Owner | None = None) -> int:
     """Be the broker of a root until told to end. Returns the exit code; raises the error tree's members if it cannot start.
 
-    `boot`: which boot of the host this is; None: ask the kernel.
+    `boot`: which boot of the host this is; None: ask the kernel. `owner`: whose private broker it is.
     """
     os.umask(0o077)
     paths.create()
     settings = read_settings(paths.settings_file)
-    log_to_stderr(settings.log.level)
+    if owner is None:
+        log_to_stderr(settings.log.level)
     lock = _lock(paths.broker_lock)
+    if owner is not None:  # not before: it is another one's if that has the lock
+        log_to_file(paths.broker_log, settings.log.level, LOG_BYTES)
     _raise_fd_limit()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 65535)
@@ -52,13 +62,15 @@ def serve(paths: Paths, boot: str | None = None) -> int:
     workers = bind_router(context, paths.worker_socket, WORKER_QUEUE)
     publisher = bind_publisher(context, paths.events_socket)
     try:
-        _run(paths, settings, clients, workers, publisher, boot or boot_id())
+        _run(paths, settings, clients, workers, publisher, boot or boot_id(), owner)
     finally:
         for socket in (clients, workers, publisher):
             socket.close()
         context.term()  # bounded by the sockets' linger
         for path in (paths.client_socket, paths.worker_socket, paths.events_socket):
             path.unlink(missing_ok=True)  # ours: we hold the lock
+        if owner is not None and owner.all_ended:  # else a zygote listens there
+            paths.zygote_socket.unlink(missing_ok=True)
         os.close(lock)
     return 0
 
@@ -70,6 +82,7 @@ def _run(
     workers: zmq.Socket[bytes],
     publisher: zmq.Socket[bytes],
     boot: str,
+    owner: Owner | None,
 ) -> None:
     notifier = Notifier(os.environ)
     passed = take_passed_fds(os.environ, os.getpid())
@@ -92,7 +105,7 @@ def _run(
         catalogue = scan(paths)
         alive = {found.name for found in catalogue if found.status.get("alive")}
         spawner.start(take_stored(passed, store, alive.__contains__))
-        loop.use(spawner, lambda: _note_boot(paths.boot_file, boot))
+        loop.use(spawner, lambda: _note_boot(paths.boot_file, boot), owner)
         now = time.monotonic()
         for found in catalogue:
             entry = core.roster.add(found.name, found.status)
@@ -101,7 +114,7 @@ def _run(
                 core.crew.expect(entry, found.worker, now)
             elif found.status.get("alive"):
                 core.crew.adopt(entry, now)
-        if not _is_boot(paths.boot_file, boot):
+        if owner is None and not _is_boot(paths.boot_file, boot):  # a private broker does not start with the host
             core.autostart.begin([found.name for found in catalogue if found.autostart], now)
         log.info("vmloop broker %d serves %s, %d VMs known", os.getpid(), paths.client_socket, len(core.roster))
         notifier.ready(f"{len(core.roster)} VMs known")
@@ -144,7 +157,8 @@ def _lock(path: Path) -> int:
         if error.errno != errno.EWOULDBLOCK:
             raise
         raise Denied(
-            f"a broker serves {path.parent} already (pid {other or 'unknown'}); one root has one broker"
+            f"a broker serves {path.parent} already (pid {other or 'unknown'}); one root has one broker",
+            pid=int(other) if other.isascii() and other.isdigit() else None,
         ) from error
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -161,13 +175,35 @@ def _raise_fd_limit() -> None:
 
 
 def main() -> int:
-    """`python -m vmloop.broker [ROOT]`."""
+    """`python -m vmloop.broker [ROOT] [--owned JSON]`."""
+    parser = argparse.ArgumentParser(prog="vmloop-broker")
+    parser.add_argument("root", nargs="?")
+    parser.add_argument("--owned")
+    arguments = parser.parse_args()
     try:
-        root = sys.argv[1] if len(sys.argv) > 1 else None
-        return serve(paths_under(Path(root)) if root else default_paths(os.environ, os.getuid()))
+        paths = paths_under(Path(arguments.root)) if arguments.root else default_paths(os.environ, os.getuid())
+        if arguments.owned is None:
+            return serve(paths)
+        return _serve_owner(paths, Owner(ownership_from_argument(arguments.owned)))
     except VmloopError as error:
         sys.stderr.write(f"vmloop: {error.code}: {error}\n")
         return 1
+
+
+def _serve_owner(paths: Paths, owner: Owner) -> int:
+    forget_starter(os.environ)
+    try:
+        serve(paths, owner=owner)
+        owner.remove_root(paths.run.parent)
+    except VmloopError as error:
+        owner.report(error)
+        raise
+    except Exception as error:  # the edge of the process: its owner hears of it too
+        owner.report(Internal(f"the private broker cannot serve {paths.run.parent}: {error!r:.500}"))
+        raise
+    finally:
+        owner.close()
+    return owner.exit_code
 
 
 if __name__ == "__main__":

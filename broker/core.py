@@ -351,10 +351,11 @@ class Core:
 
     def next_due(self) -> float | None:
         """When `on_tick` has something to do; None: not by itself."""
-        if self._draining_until is not None and not len(self.inflight):
-            return min(self._last_answer + FAREWELL, self._draining_until)
+        draining = None if self.finished else self._draining_until
+        if draining is not None and not len(self.inflight):
+            return min(self._last_answer + FAREWELL, draining)
         due = self.inflight.next_due()
-        for other in (self.crew.next_due(), self._draining_until):
+        for other in (self.crew.next_due(), draining):
             if other is not None and (due is None or other < due):
                 due = other
         return due
@@ -365,7 +366,7 @@ class Core:
             vm = self.roster.get(entry.vm) if entry.vm is not None else None
             self._answer_error(entry, overdue(entry, vm), now)
         self.crew.on_tick(now)
-        if self._draining_until is not None:
+        if self._draining_until is not None and not self.finished:
             all_answered = not len(self.inflight) and now >= self._last_answer + FAREWELL
             if all_answered or now >= self._draining_until:
                 self._end_drain(now)

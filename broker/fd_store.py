@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from ..common.errors import BadRequest
 from ..common.names import VmName, vm_name
-from .systemd import Notifier
+from ..common.systemd import Notifier
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ Looking is free: list, show and stats come from the roster, the status pages and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -16,7 +16,7 @@ from .. import __version__
 from ..common.definition import DEFAULT_BINARY
 from ..common.errors import AlreadyRunning, BadRequest, Busy, NoSuchVm, NotRunning, VmloopError
 from ..common.majordomo import Dialect
-from ..common.names import PROBER_SERVICE_PREFIX, VmName, vm_name, vm_service
+from ..common.names import PROBER_SERVICE_PREFIX, vm_name, vm_service
 from ..common.pack import pack, unpack_map
 from ..common.settings import Settings
 from ..common.states import VmState
@@ -24,6 +24,7 @@ from ..common.wire import HEADER_BYTES, BadFrame, Kind, Message, decode, encode,
 from .actions import BootServed, EndZygote, RenewZygote
 from .autostart import Autostart
 from .core import Core
+from .ending import SHUTDOWN_SECONDS, Ending
 from .inflight import WORKER_GRACE, Entry
 from .probes import Probes
 from .rolling import Rolling
@@ -32,8 +33,6 @@ from .watch import Looker, Watch
 
 PROTOCOL: Final = 1  # of the native wire
 _PROBER_SERVICE: Final = PROBER_SERVICE_PREFIX.encode()
-# Ending all VMs: kill is immediate, a process that hangs in the kernel is not waited for longer.
-SHUTDOWN_SECONDS: Final = 30.0
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +98,8 @@ class HostCore(Core):
         )
         self._pid = pid
         self._started = time.time()
-        self._ending: _Ending | None = None
+        self.leaves_nothing = False  # the broker ends when nothing of its processes is left
+        self._ending = Ending(self.roster, self._ask_vm, self._on_all_ended)
         self._operations: dict[str, Callable[[Ask], None]] = {
             "ping": self._ping,
             "version": self._version,
@@ -122,7 +122,7 @@ class HostCore(Core):
         self._rolling = Rolling(
             self.roster,
             self.crew,
-            waits=lambda entry: self.inflight.get(entry.number) is entry,
+            waits=self._is_waiting,
             tell=self._tell_part,
             answer=self._answer_entered,
             answer_error=self._refuse_entered,
@@ -132,7 +132,7 @@ class HostCore(Core):
             start=self._start_for_host,
             on_failed=lambda vm, why: self.crew.publish_host("AUTOSTART_FAILED", vm, {"error": why}),
             on_done=lambda: self.actions.append(BootServed()),
-            may_start=lambda: self._ending is None and self._draining_until is None,
+            may_start=lambda: not self._ending.under_way and self._draining_until is None,
         )
 
     def on_host(self, entry: Entry, frame: bytes, seconds: float, now: float) -> None:
@@ -162,14 +162,22 @@ class HostCore(Core):
         for entry in self.inflight.of_vm(vm.name):
             if entry.waits_for is not None:
                 self._answer_wait(entry, vm, now)
-        if self._ending is not None and vm.alive:
-            self._kill(self._ending, vm, now)
+        self._ending.on_vm_changed(vm, now)
         self._rolling.on_vm_changed(vm, now)
         self.autostart.look(now)
-        self._finish_shutdown_if_over(now)
+        self._ending.forget(self._is_waiting)
+        self._ending.look(now)
+        if self.leaves_nothing and self.finished:
+            self.crew.dismiss_idle()  # one that has come up only now, for a last request
 
     def next_due(self) -> float | None:
-        dues = (super().next_due(), self._rolling.next_due(), self.autostart.next_due(), self.probes.next_due())
+        dues = (
+            super().next_due(),
+            self._rolling.next_due(),
+            self.autostart.next_due(),
+            self.probes.next_due(),
+            self._ending.due,
+        )
         return min((due for due in dues if due is not None), default=None)
 
     def on_tick(self, now: float) -> None:
@@ -177,8 +185,10 @@ class HostCore(Core):
         self._rolling.on_tick(now)
         self.probes.on_tick(now)
         self.autostart.look(now)
+        self._ending.on_tick(now)
 
     def on_own_answer(self, entry: Entry, failed: bool, frame: bytes, now: float) -> None:
+        self._ending.on_answer(entry.number, failed, now)
         self.autostart.on_answer(entry, failed, decode(frame).body, now)
 
     def on_renewed(self, error: str, now: float) -> None:
@@ -261,8 +271,8 @@ class HostCore(Core):
 
     def _through_worker(self, ask: Ask, vm: VmEntry) -> None:
         """Pass a request of the host to a VM's worker, which does everything that touches the VM's files and processes."""
-        self._finish_shutdown_if_over(ask.now)
-        if self._ending is not None:
+        self._ending.forget(self._is_waiting)
+        if self._ending.under_way:
             raise Busy("the host is being shut down, with all its VMs; ask again when it is back")
         ask.entry.spawns = True
         message = decode(ask.frame)
@@ -280,7 +290,7 @@ class HostCore(Core):
 
     def _restart_workers(self, ask: Ask) -> None:
         names = _arguments(ask.entry.op, RestartArguments, ask.frame).names
-        if self._ending is not None:
+        if self._ending.under_way:
             raise Busy("the host is being shut down; its workers are not restarted")
         self._rolling.require_none()
         vms = list(self.roster) if names is None else [self._require(name) for name in names]
@@ -337,43 +347,48 @@ class HostCore(Core):
             self.crew.dismiss_idle()
             self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
         self._rolling.stop(Busy("the host is being shut down; not all workers were restarted"), ask.now)
-        self._ending = _Ending(ask.entry, how, set())
-        for vm in victims:
-            self._kill(self._ending, vm, ask.now)
-        self._finish_shutdown_if_over(ask.now)
-
-    def _kill(self, ending: _Ending, vm: VmEntry, now: float) -> None:
-        """Have a VM killed, once; `reading`, for its worker's successor may be told again."""
-        if vm.name in ending.killed:
+        if how == "leave":
+            count = sum(vm.alive for vm in self.roster)
+            self.answer(ask.entry, {"vms": "left running", "count": count}, ask.now)
+            self.drain(ask.now)
             return
-        ending.killed.add(vm.name)
-        kill = Entry(0, b"", 0, None, None, "kill", True, now)
-        frame = encode(Message(kind=Kind.REQUEST, service=vm_service(vm.name), op="kill", body=pack({})))
-        self.wait_for_worker(kill, vm, frame, SHUTDOWN_SECONDS, now)
+        self._ending.forget(self._is_waiting)
+        self.actions.append(EndZygote())
+        self.probes.dismiss()
+        self.crew.dismiss_idle()
+        self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
+        self._ending.begin(ask.entry, ask.now)
 
-    def _finish_shutdown_if_over(self, now: float) -> None:
-        ending = self._ending
-        if ending is None:
+    def end(self, vms: str, stop_timeout: float, now: float) -> None:
+        """The owner of a private broker has ended, or wants the broker to: what it chose becomes of the VMs, then the broker ends.
+
+        `vms`: stop (guests have `stop_timeout` seconds to power down), kill or leave. May be called again to kill what is being stopped.
+        """
+        self._rolling.stop(Busy("the host is being shut down; not all workers were restarted"), now)
+        if vms == "leave":
+            self.drain(now)
             return
-        if ending.how == "kill":
-            if self.inflight.get(ending.entry.number) is None:
-                self._ending = None  # its time is over, and so it was answered; the host goes on
-                return
-            if any(vm.alive for vm in self.roster):
-                return
-        self._ending = None
-        self.inflight.take(ending.entry.number)
-        count = len(ending.killed) if ending.how == "kill" else sum(vm.alive for vm in self.roster)
-        self.answer(ending.entry, {"vms": "killed" if ending.how == "kill" else "left running", "count": count}, now)
+        self.leaves_nothing = True
+        self._ending.begin(None, now, stop_timeout if vms == "stop" else None)
+
+    def _ask_vm(self, vm: VmEntry, op: str, arguments: Mapping[str, Any], seconds: float, now: float) -> int:
+        """A request of the broker's own to a VM; a kill is `reading`, for its worker's successor may be told again."""
+        entry = Entry(0, b"", 0, None, None, op, op == "kill", now)
+        frame = encode(Message(kind=Kind.REQUEST, service=vm_service(vm.name), op=op, body=pack(arguments)))
+        self.wait_for_worker(entry, vm, frame, seconds, now)
+        return entry.number
+
+    def _is_waiting(self, entry: Entry) -> bool:
+        return self.inflight.get(entry.number) is entry
+
+    def _on_all_ended(self, entries: list[Entry], count: int, now: float) -> None:
+        self.actions.append(EndZygote())
+        self.probes.dismiss()
+        self.crew.dismiss_idle()
+        self.leaves_nothing = self.leaves_nothing and not any(vm.alive for vm in self.roster)
+        for entry in entries:
+            self._answer_entered(entry, {"vms": "killed", "count": count}, now)
         self.drain(now)
-
-
-class _Ending(msgspec.Struct, frozen=True):
-    """A shutdown under way."""
-
-    entry: Entry
-    how: str
-    killed: set[VmName]
 
 
 def _arguments(op: str, model: type[A], frame: bytes) -> A:

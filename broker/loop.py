@@ -2,6 +2,8 @@
 """The broker's loop: the only place that waits. Reads sockets, exits and signals, hands them to the core, and does what the core decided.
 
 run():  while not core.finished:  poll → clients, workers, processes, signals, time → perform the core's actions
+
+A private broker (owner.py) goes on until its workers and its zygote have ended too.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from .actions import (
 )
 from .host import HostCore
 from .looker import ProcLooker
+from .owner import Owner
 from .spawner import Spawner
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,10 @@ log = logging.getLogger(__name__)
 BATCH: Final = 64
 # An idle broker wakes this often, against a lost wake-up and a clock that jumped while the machine slept.
 MAX_WAIT: Final = 60.0
+# Of the workers of a private broker: for the last handlers of the last VMs (5 s), and for those that do not end (2 s).
+FAREWELL_SECONDS: Final = 10.0
+# For a zygote without workers to end, and for what was killed.
+ZYGOTE_SECONDS: Final = 2.0
 
 Socket = zmq.Socket[bytes]
 
@@ -63,24 +70,58 @@ class Loop:
         self._epoll = select.epoll()
         self._doors = [(clients, POLLIN), (workers, POLLIN)]
         self._spawner: Spawner | None = None
+        self._owner: Owner | None = None
         self._on_boot_served: Callable[[], None] = lambda: None
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
 
-    def use(self, spawner: Spawner, on_boot_served: Callable[[], None] = lambda: None) -> None:
-        """The process side; its callbacks are the `on_…` below. `on_boot_served`: what this boot had to start has been started."""
+    def use(
+        self, spawner: Spawner, on_boot_served: Callable[[], None] = lambda: None, owner: Owner | None = None
+    ) -> None:
+        """The process side; its callbacks are the `on_…` below. `on_boot_served`: what this boot had to start has been started.
+
+        `owner`: whose private broker this is.
+        """
         self._spawner = spawner
         self._on_boot_served = on_boot_served
+        self._owner = owner
         self._epoll.register(spawner.fileno(), select.EPOLLIN)
+        if owner is not None:
+            self._epoll.register(owner.fileno(), select.EPOLLIN)
 
     def run(self) -> None:
-        """Until the core is finished."""
+        """Until the core is finished, and, where nothing is to be left, everything has ended."""
         self._catch_signals()
+        if self._owner is not None:
+            self._owner.report()  # not before: it may end us by a signal at once
         for source, _ in self._doors:
             self._epoll.register(edge_fd(source), select.EPOLLIN)
         self._perform()
+        self._turn_until(lambda: self._core.finished)
+        if self._core.leaves_nothing and self._spawner is not None and self._owner is not None:
+            self._owner.all_ended = self._see_off(self._spawner)
+
+    def _see_off(self, spawner: Spawner) -> bool:
+        """Wait for the end of workers and zygote; end those that do not end by themselves. False if some are still there."""
+
+        def turn_for(seconds: float, over: Callable[[], bool]) -> bool:
+            deadline = time.monotonic() + seconds
+            self._turn_until(lambda: over() or time.monotonic() >= deadline, deadline)
+            return over()
+
+        self._core.crew.dismiss_idle()
+        self._perform()
+        turn_for(FAREWELL_SECONDS, lambda: not spawner.pidfds)
+        if turn_for(ZYGOTE_SECONDS, lambda: spawner.nothing_left):  # it ends with its last worker
+            return True
+        log.error("workers or the zygote do not end: they are killed")
+        spawner.kill_rest()
+        return turn_for(ZYGOTE_SECONDS, lambda: spawner.nothing_left)
+
+    def _turn_until(self, over: Callable[[], bool], at_most: float | None = None) -> None:
+        """`at_most`: when `over` is to be asked again, whatever happens."""
         waited: list[tuple[int, int]] = []
-        while not self._core.finished:  # this is the broker's event loop
+        while not over():  # this is the broker's event loop
             now = time.monotonic()
             quiet = self._receive(now)
             self._turn_side(waited, now)
@@ -93,8 +134,8 @@ class Loop:
                 due = self._next_due()
             if self._perform() or not quiet:
                 waited = self._epoll.poll(0.0)  # what was sent may have taken in news: look at the doors again
-            elif not self._core.finished:
-                waited = self._epoll.poll(self._wait_seconds(due))
+            elif not over():
+                waited = self._epoll.poll(self._wait_seconds(due if at_most is None else min(due or at_most, at_most)))
 
     def close(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -147,10 +188,24 @@ class Loop:
                     self._on_signal(self._signals.popleft(), now)
             elif self._spawner is not None and fd == self._spawner.fileno():
                 self._spawner.turn()
+            elif self._owner is not None and fd == self._owner.fileno():
+                self._epoll.unregister(fd)
+                log.info("the process that this broker belongs to has ended")
+                self._end_as_owned(self._owner, now)
 
     def _on_signal(self, number: int, now: float) -> None:
+        if self._owner is not None:
+            # A second one takes the patience out of it, as with a second Ctrl-C at `vmloop run`.
+            self._end_as_owned(self._owner, now, kill=self._owner.all_to_end)
+            return
         log.info("%s: answering what is in flight, then ending; VMs and workers run on", signal.Signals(number).name)
         self._core.drain(now)
+
+    def _end_as_owned(self, owner: Owner, now: float, *, kill: bool = False) -> None:
+        vms = "kill" if kill else owner.ownership.vms
+        log.info("ending; what becomes of the VMs: %s", vms)
+        owner.all_to_end = vms != "leave"
+        self._core.end(vms, owner.ownership.stop_timeout, now)
 
     def on_forked(self, name: VmName, pid: int) -> None:
         (self._core.probes if is_prober(name) else self._core.crew).on_forked(name, pid)

@@ -27,6 +27,9 @@ class Pidfds:
     def fileno(self) -> int:
         return self._epoll.fileno()
 
+    def __len__(self) -> int:
+        return len(self._workers)
+
     def hold(self, name: VmName, pid: int, pidfd: int) -> None:
         """Watch a worker by a pidfd, which is this object's from now on."""
         self._workers[pidfd] = (name, pid)
@@ -62,6 +65,11 @@ class Pidfds:
             if worker_of == name:
                 with contextlib.suppress(ProcessLookupError):  # it ended by itself in this instant
                     signal.pidfd_send_signal(pidfd, number)
+
+    def kill_all(self) -> None:
+        """End every worker."""
+        for name, _ in set(self._workers.values()):
+            self.kill(name)
 
     def turn(self) -> None:
         """Tell of those that have ended."""

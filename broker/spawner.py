@@ -19,20 +19,7 @@ from .. import __version__
 from ..common.names import VmName
 from ..common.paths import Paths
 from ..common.settings import Settings
-from ..common.zygote_wire import (
-    Dropped,
-    Exited,
-    Forked,
-    Hello,
-    Keep,
-    Kept,
-    NotForked,
-    Packet,
-    Quit,
-    Retire,
-    Tell,
-    Told,
-)
+from ..common.zygote_wire import Dropped, Exited, Forked, Hello, Keep, Kept, NotForked, Packet, Quit, Retire, Tell, Told
 from .fd_store import FdStore, Offer, Stored
 from .forks import Forks
 from .handover import Handover, pass_on
@@ -188,6 +175,17 @@ class Spawner:
 
     def _is_late(self, now: float) -> bool:
         return any(due is not None and due <= now for due in (self._due, self._forks.due))
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether zygotes and workers have all ended, as far as this broker has any."""
+        return self._zygote is None and not self._former and not self.pidfds
+
+    def kill_rest(self) -> None:
+        """End the zygote and the workers that there still are; the VMs run on."""
+        self.pidfds.kill_all()
+        if self._zygote is not None:
+            kill_zygote(self._zygote, self._paths, self._started)
 
     def close(self) -> None:
         """Let go of everything; zygote and workers run on."""
@@ -371,6 +369,8 @@ class Spawner:
             self._advance(self._handover.old_is_gone)
             return
         if self._ending and not self._forks:
+            self._former.add(self._child)
+            self._child = None
             return
         try:
             if mute and self._reach_mute():

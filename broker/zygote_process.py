@@ -101,6 +101,9 @@ class Former:
         self._children: dict[int, subprocess.Popen[bytes]] = {}  # by pidfd
         self._unwatched: list[subprocess.Popen[bytes]] = []
 
+    def __len__(self) -> int:
+        return len(self._children)
+
     def add(self, child: subprocess.Popen[bytes] | None, *, kill: bool = False) -> None:
         """Part with one; `kill`: and end it."""
         if child is None or child.poll() is not None:

@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 import zmq
 
@@ -34,6 +34,10 @@ from .endpoint import Endpoint, find_endpoint, wait_until_listening_async
 from .lane import Socket, connection_lost, readable
 from .requests import Request
 from .results import BrokerVersion, HostShutdown, VmStarted, VmStats, VmSummary, WorkersRestarted
+
+if TYPE_CHECKING:
+    from ..common.ownership import Ending
+    from .aio_embedding import Embedding
 
 T = TypeVar("T")
 
@@ -56,6 +60,22 @@ def connect(
 ) -> Connecting:
     """As session.connect: `async with connect() as host`, or `host = await connect()`."""
     return Connecting(endpoint, root, timeout, wait)
+
+
+def embedded(
+    directory: str | Path | None = None,
+    *,
+    vms: Ending = "stop",
+    stop_timeout: float = 10.0,
+    join: bool = False,
+    wait: float = 0.0,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> Embedding:
+    """As embedding.embedded: `async with embedded(DIR) as host`, or `host = await embedded(DIR)`."""
+    from .aio_embedding import Embedding
+    from .embedding import Launch
+
+    return Embedding(Launch(directory, vms, stop_timeout, join, wait), timeout)
 
 
 class Connecting:

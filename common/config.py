@@ -44,15 +44,19 @@ def read_toml(path: Path, model: type[Model]) -> Model:
 
 def parse_toml(text: bytes, model: type[Model], origin: str) -> Model:
     """The model in TOML text; `origin` names the text in errors."""
+    return from_mapping(toml_values(text, origin), model, origin)
+
+
+def toml_values(text: bytes, origin: str) -> dict[str, Any]:
+    """The plain values of TOML text. `ConfigError`."""
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{origin}: over {MAX_CONFIG_BYTES} bytes")
     if _LONG_KEY.search(text):
         raise ConfigError(f"{origin}: a key of more than {MAX_KEY_PARTS} parts")
     try:
-        data = tomllib.loads(text.decode())
+        return tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, or an integer of thousands of digits
         raise ConfigError(f"{origin}: not TOML: {error}") from error
-    return from_mapping(data, model, origin)
 
 
 def from_mapping(data: object, model: type[Model], origin: str) -> Model:

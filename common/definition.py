@@ -6,6 +6,7 @@
     [qemu]
     binary = "qemu-system-x86_64"        # or "simulated"
     args = ["-machine", "q35,accel=kvm:tcg", "-m", "512"]
+    directory = "/srv/images"            # where QEMU runs: relative paths in args; state/vms/NAME if left out
     [agent]
     enabled = true
     timeout = 5.0                        # seconds in which the agent must answer
@@ -49,6 +50,7 @@ class QemuSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     binary: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] = DEFAULT_BINARY
     args: Annotated[list[Argument], msgspec.Meta(max_length=4096)] = []
+    directory: Annotated[str, msgspec.Meta(pattern="^/[^\\0]*$", max_length=4096)] | None = None
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

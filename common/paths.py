@@ -53,6 +53,11 @@ class Paths:
         return self.run / "broker.lock"
 
     @property
+    def broker_log(self) -> Path:
+        """Of a private broker; others log to standard error."""
+        return self.state / "broker.log"
+
+    @property
     def boot_file(self) -> Path:
         return self.state / "boot-id"
 

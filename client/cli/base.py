@@ -61,7 +61,7 @@ class Invocation:
         return make_output(self.json)
 
 
-def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+def verb(name: str, cls: type[click.Command] = click.Command) -> Callable[[Callable[..., Any]], click.Command]:
     """A command called `name` whose function gets the Invocation first. It accepts `--json` too."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
@@ -73,7 +73,7 @@ def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
         json_option = click.option(
             "--json", is_flag=True, expose_value=False, callback=_set_json, help="Print the result alone, as JSON."
         )
-        return click.command(name)(json_option(run))
+        return click.command(name, cls=cls)(json_option(run))
 
     return decorate
 

@@ -21,14 +21,15 @@ def define(invocation: Invocation, file: str) -> None:
 
     from ...common.definition import definition_from_toml
 
-    definition = definition_from_toml(_read(file), "standard input" if file == "-" else file)
+    definition = definition_from_toml(read_file(file), "standard input" if file == "-" else file)
     with invocation.host() as host:
         value = host.call("vmloop", "define", {"definition": msgspec.to_builtins(definition)})
     output = invocation.output()
     output.result(value, lambda: output.line(f"{definition.name}: defined"))
 
 
-def _read(file: str) -> bytes:
+def read_file(file: str) -> bytes:
+    """What is in a file of TOML, or on standard input; no more than is read of any. `ConfigError`."""
     from ...common.config import MAX_CONFIG_BYTES
     from ...common.errors import ConfigError
 

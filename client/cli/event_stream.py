@@ -63,9 +63,13 @@ def _print(output: Output, event: Event) -> None:
             del fields["journalled"]  # only said of those that are not
         output.json_line(fields)
         return
+    output.event(time_of(event), event.vm, str(event.cursor), event.event, to_json(event.data) if event.data else "")
+
+
+def time_of(event: Event) -> str:
+    """When it happened, in local time."""
     seconds, micro = divmod(event.time, 1_000_000)
-    at = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{micro:06d}"
-    output.event(at, event.vm, str(event.cursor), event.event, to_json(event.data) if event.data else "")
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{micro:06d}"
 
 
 COMMANDS = {"events": events}

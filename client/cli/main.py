@@ -24,6 +24,7 @@ COMPLETION_VARIABLE: Final = "_VMLOOP_COMPLETE"
 
 # Command → the file it lives in, in the order of --help.
 FAMILY: Final = {
+    "run": "run",
     "broker": "broker_process",
     "shutdown": "broker_process",
     "restart-workers": "broker_process",
@@ -79,7 +80,7 @@ class Commands(click.Group):
 def vmloop(context: click.Context, root: str | None, connect: str | None, json: bool, timeout: float | None) -> None:
     """One process and one event loop for every virtual machine.
 
-    Start a broker with `vmloop broker`; every other command asks it.
+    Start a broker with `vmloop broker`; every other command asks it. `vmloop run` needs none.
 
     Exit codes: 0 done, 1 the operation failed, 2 usage, 3 no broker, 4 deadline.
     """

@@ -13,10 +13,10 @@ from typing import Any, Final
 from vmloop import __version__
 from vmloop.broker.fd_store import FdStore
 from vmloop.broker.spawner import Spawner
-from vmloop.broker.systemd import Notifier
 from vmloop.common.names import VmName
 from vmloop.common.process import ProcessGone, identify
 from vmloop.common.settings import Settings
+from vmloop.common.systemd import Notifier
 from vmloop.common.zygote_wire import Hello, receive_packet, send_packet
 
 from .zygote_process import SECONDS, Root, children, readable

@@ -55,13 +55,15 @@ def require_guest() -> GuestImage:
 
 
 def guest_args(
-    image: GuestImage, *, disk: Path | None = None, memory: int = 256, console: Path | None = None
+    image: GuestImage, *, disk: Path | None = None, memory: int = 256, console: Path | None = None, shell: bool = False
 ) -> list[str]:
     """QEMU's arguments for the guest, without monitor and agent port.
 
     disk: a raw image with ext4 (`guest_disk`), mounted on /data. memory: MiB, at least 160. console: a file for what the guest prints.
+    shell: it prints to a serial port that the caller adds, and runs a shell there.
     """
-    words = f"console=ttyS0 {COMMAND_LINE}" if console else COMMAND_LINE
+    words = f"console=ttyS0 {COMMAND_LINE}" if console or shell else COMMAND_LINE
+    words += " vmloop.shell" if shell else ""
     args = ["-machine", "q35,accel=tcg", "-cpu", "max", "-m", str(memory), "-nodefaults", "-display", "none"]
     args += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", words, "-device", "pvpanic-pci"]
     if disk is not None:

@@ -103,15 +103,7 @@ class Site:
 
     def processes(self) -> dict[int, str]:
         """Every process that belongs to this root, by its command line or its environment."""
-        wanted = os.fsencode(self.root)
-        found = {}
-        for directory in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # gone meanwhile
-                command = (directory / "cmdline").read_bytes()
-                if command and (wanted in command or wanted in (directory / "environ").read_bytes()):
-                    found[int(directory.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-        found.pop(os.getpid(), None)
-        return found
+        return processes_of(self.root)
 
     def close(self) -> None:
         """End everything, and check that nothing of it is left: processes, sockets, files of runs."""
@@ -156,6 +148,19 @@ class Site:
             raise AssertionError(f"the broker does not come up any more: {self.log()}") from error
         self.broker.wait(END_SECONDS)
         self.broker = None
+
+
+def processes_of(root: Path) -> dict[int, str]:
+    """Every process that belongs to a root, by its command line or its environment; but not this one."""
+    wanted = os.fsencode(root)
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            command = (directory / "cmdline").read_bytes()
+            if command and (wanted in command or wanted in (directory / "environ").read_bytes()):
+                found[int(directory.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+    found.pop(os.getpid(), None)
+    return found
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -40,7 +40,6 @@ MAY_IMPORT = {
 # (file, what it imports beyond that): reason
 IMPORT_EXCEPTIONS = {
     ("broker/zygote.py", "worker.entry"): "the zygote forks workers, with their imports done",
-    ("client/embedded.py", "broker"): "an embedded broker is started from a client",
     ("client/cli/probe.py", "worker.probe"): "where no broker runs the command probes by itself",
     ("client/cli/broker_process.py", "broker"): "the command `vmloop broker` is the broker",
 }

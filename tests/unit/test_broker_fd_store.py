@@ -15,8 +15,8 @@ from typing import Self, cast
 import pytest
 
 from vmloop.broker.fd_store import RETRY_SECONDS, FdStore, Stored, take_stored
-from vmloop.broker.systemd import Notifier
 from vmloop.common.names import VmName
+from vmloop.common.systemd import Notifier
 
 from ..fakes.service_manager import ServiceManager
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmloop.broker.actions import EndZygote, Fork, ToWorker
-from vmloop.broker.host import SHUTDOWN_SECONDS
+from vmloop.broker.ending import SHUTDOWN_SECONDS
 from vmloop.common.settings import BrokerSettings
 from vmloop.common.states import VmState
 from vmloop.common.wire import Kind, decode

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmloop.broker.systemd import Notifier, take_passed_fds
+from vmloop.broker.systemd import take_passed_fds
+from vmloop.common.systemd import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

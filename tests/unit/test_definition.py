@@ -30,7 +30,12 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 DEFINITIONS = st.builds(
     Definition,
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
-    qemu=st.builds(QemuSection, binary=TEXT.filter(bool), args=st.lists(TEXT, max_size=5)),
+    qemu=st.builds(
+        QemuSection,
+        binary=TEXT.filter(bool),
+        args=st.lists(TEXT, max_size=5),
+        directory=st.none() | TEXT.map("/{}".format),
+    ),
     agent=st.builds(AgentSection, enabled=st.booleans(), timeout=st.floats(1e-300, 3600)),
     handlers=st.builds(HandlersSection, limit=st.floats(1e-9, 86400), on_crash=st.sampled_from(ON_CRASH)),
 )
@@ -98,6 +103,9 @@ def test_odd_strings_read_back_the_same(argument: str) -> None:
         ({"name": "a", "qmu": {}}, "did you mean 'qemu'"),
         ({"name": "a", "qemu": {"arg": []}}, "did you mean 'qemu.args'"),
         ({"name": "a", "qemu": {"args": "-S"}}, "qemu.args"),
+        ({"name": "a", "qemu": {"directory": "images"}}, "qemu.directory"),
+        ({"name": "a", "qemu": {"directory": ""}}, "qemu.directory"),
+        ({"name": "a", "qemu": {"directory": "/a\0b"}}, "qemu.directory"),
         ({"name": "a", "qemu": {"args": [1]}}, "qemu.args"),
         ({"name": "a", "qemu": {"args": ["-S"] * 4097}}, "qemu.args"),
         ({"name": "a", "qemu": {"args": ["x" * 65537]}}, "qemu.args"),

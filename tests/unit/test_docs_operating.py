@@ -16,6 +16,7 @@ import vmloop
 from vmloop.broker.roster import WorkerState
 from vmloop.client.cli.base import Exit
 from vmloop.client.cli.main import FAMILY
+from vmloop.client.cli.run import RunExit
 from vmloop.common.definition import Definition
 from vmloop.common.errors import type_of_code
 from vmloop.common.paths import VmPaths
@@ -103,6 +104,13 @@ def test_the_reasons_of_query_status_and_of_migrations_are_documented() -> None:
 def test_every_exit_code_is_documented_and_no_other() -> None:
     _, *table = rows(between("## Exit codes", "## Shell completion"))
     assert [int(row[0]) for row in table] == [int(code) for code in Exit]
+
+
+def test_every_exit_code_of_run_is_documented_and_no_other() -> None:
+    table = rows(CLI.partition("| exit code | the VM |")[2].partition("Where it is not 0")[0])
+    assert [int(row[0]) for row in table] == [Exit.DONE, Exit.FAILED, *RunExit]
+    named = between("`run` exits as its VM ended", "([cli.md]")
+    assert [int(code) for code in re.findall(r"\b\d+\b", named)] == [Exit.DONE, Exit.FAILED, *RunExit]
 
 
 def test_every_error_code_has_a_hint_and_no_other() -> None:

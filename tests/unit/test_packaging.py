@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import vmloop
+from vmloop.client.cli.main import vmloop as cli
 
 ROOT = Path(vmloop.__file__).parent
 NO_PACKAGES = {"tests", "docs", "deploy", "build", "dist"}
@@ -148,6 +149,22 @@ def test_bootstrap_that_cannot_install_prints_the_one_command(tmp_path: Path, ar
     done = bootstrap(fake_debian(tmp_path, missing="kmod", apt_get="exit 100"), *arguments)
     assert done.returncode == code
     assert "run: sudo apt-get install -y --no-install-recommends kmod\n" in done.stderr
+
+
+def test_the_unit_of_one_vm_gives_its_guest_the_time_to_power_down() -> None:
+    unit = configparser.ConfigParser(strict=True, interpolation=None, delimiters=("=",))
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string((ROOT / "deploy/vmloop@.service").read_text())
+    service = unit["Service"]
+    words = service["ExecStart"].replace("%i", "web1").split()
+    root, limit = words[words.index("--root") + 1], float(words[words.index("--stop-timeout") + 1])
+    assert Path(root) == Path("/var/lib") / service["StateDirectory"].replace("%i", "web1")
+    assert limit < float(service["TimeoutStopSec"])
+    assert (service["Type"], service["NotifyAccess"], service["KillMode"]) == ("notify", "main", "mixed")
+    with cli.make_context("vmloop", words[1:]) as context:
+        command = cli.get_command(context, "run")
+        assert command is not None
+        command.make_context("run", words[words.index("run") + 1 :], parent=context)
 
 
 def test_the_service_unit_lets_workers_and_vms_outlive_the_broker() -> None:

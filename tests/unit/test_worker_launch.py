@@ -109,6 +109,23 @@ def test_it_knows_from_its_environment_whose_it_is(paths: VmPaths) -> None:
         assert f"VMLOOP_VM={paths.state}:7".encode() in environment
 
 
+def test_it_runs_where_its_definition_says_else_in_its_own_directory(paths: VmPaths, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for directory, expected in ((None, paths.state), (str(images), images)):
+        with launched(Definition("web1", QemuSection(SIMULATED, directory=directory)), paths) as started:
+            assert Path(f"/proc/{started.process.pid}/cwd").readlink() == expected
+
+
+def test_a_directory_that_is_not_there_is_named_and_nothing_is_started(paths: VmPaths, tmp_path: Path) -> None:
+    missing = Definition("web1", QemuSection(SIMULATED, directory=str(tmp_path / "gone")))
+    before = open_fds()
+    with pytest.raises(LaunchFailed, match=r"qemu\.directory: .*/gone is no directory"):
+        launch(missing, paths, 1, stopped=True, log_bytes=LOG_BYTES)
+    assert open_fds() == before
+    assert list(paths.run.iterdir()) == []
+
+
 def test_afterwards_only_the_process_and_the_monitor_are_open(paths: VmPaths) -> None:
     before = open_fds()
     with launched(definition(), paths) as vm:

@@ -89,6 +89,7 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
         agent_listener = on_failure.enter_context(_listen(paths.agent_socket)) if definition.agent.enabled else None
         connection = _connect(paths.monitor_socket)
         on_failure.callback(connection.close)
+        directory = _directory(definition, paths)
         agent_fd = agent_listener.fileno() if agent_listener is not None else None
         argv = command_line(definition, monitor_fd=monitor_listener.fileno(), agent_fd=agent_fd, stopped=stopped)
         log = on_failure.enter_context(
@@ -104,7 +105,7 @@ def launch(definition: Definition, paths: VmPaths, epoch: int, *, stopped: bool,
                     start_new_session=True,
                     pass_fds=[fd for fd in (monitor_listener.fileno(), agent_fd) if fd is not None],
                     env={**os.environ, VM_VARIABLE: mark_of(paths, epoch)},
-                    cwd=paths.state,
+                    cwd=directory,
                 )
         except OSError as error:
             raise LaunchFailed(f"cannot start {argv[0]}: {error.strerror}", log="") from error
@@ -153,6 +154,16 @@ def _binary(name: str) -> list[str]:
     if found is None:
         raise LaunchFailed(f"there is no executable {name!r}; install QEMU or name another qemu.binary", log="")
     return [found]
+
+
+def _directory(definition: Definition, paths: VmPaths) -> Path:
+    """Where QEMU runs, and its relative paths begin."""
+    if definition.qemu.directory is None:
+        return paths.state
+    directory = Path(definition.qemu.directory)
+    if not directory.is_dir():
+        raise LaunchFailed(f"qemu.directory: {directory} is no directory; make it, or name another", log="")
+    return directory
 
 
 def _listen(path: Path) -> socket.socket:
