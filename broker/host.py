@@ -340,12 +340,6 @@ class HostCore(Core):
 
     def _shutdown(self, ask: Ask) -> None:
         how = _arguments(ask.entry.op, ShutdownArguments, ask.frame).vms
-        victims = [vm for vm in self.roster if vm.alive] if how == "kill" else []
-        if how == "kill":
-            self.actions.append(EndZygote())
-            self.probes.dismiss()
-            self.crew.dismiss_idle()
-            self._enter(ask.entry, None, ask.now + SHUTDOWN_SECONDS)
         self._rolling.stop(Busy("the host is being shut down; not all workers were restarted"), ask.now)
         if how == "leave":
             count = sum(vm.alive for vm in self.roster)

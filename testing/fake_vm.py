@@ -136,7 +136,7 @@ class FakeVm:
             raise AgentAbsent(f"VM {self.name}: no guest agent is connected")
         return await self._answer("agent", command, arguments, seconds)
 
-    async def can(self, name: str, *, seconds: float) -> bool:
+    async def can(self, name: str, *, seconds: float) -> bool:  # noqa: ARG002 - as a VM's own
         return name in self.abilities
 
     def emit(self, event: str, data: dict[str, Any]) -> Event:
