@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ...common.errors import BadRequest, ConfigError
+from ...common.errors import BadRequest, ConfigError, Denied
 from .base import NAME, Exit, Invocation, Seconds, verb
 
 if TYPE_CHECKING:
     from ...common.definition import Definition
+    from ..embedding import EmbeddedHost
     from ..stream import Event
     from .console import Console
     from .foreground import End
@@ -131,14 +132,13 @@ def _run(
     stop_timeout: float,
 ) -> int:
     from ...common.systemd import Notifier
-    from ..embedding import embedded
     from .console import Console
     from .foreground import Doorbell, Foreground
 
     output = invocation.output()
     notifier = Notifier(os.environ)  # out of the environment, before anything is started
     # Signals are caught for as long as there is a VM to be told of them: Ctrl-C ends a start or an end that takes too long.
-    with embedded(invocation.root, stop_timeout=stop_timeout) as host, Doorbell() as bell:
+    with _private_host(invocation.root, stop_timeout) as host, Doorbell() as bell:
         definition = _definition(values, origin, host.root if with_console else None)
         host.define(definition)
         console: Console | None = None
@@ -175,6 +175,18 @@ def _run(
                     missing_ok=True
                 )  # QEMU removes it, unless it was killed
     return _tell(output, definition.name, end)
+
+
+def _private_host(root: str | None, stop_timeout: float) -> EmbeddedHost:
+    from ..embedding import embedded
+
+    try:
+        return embedded(root, stop_timeout=stop_timeout)
+    except Denied as error:
+        text = (
+            f"a broker (pid {error.fields.get('pid')}) serves {root} already: have it run the VM, with define and start"
+        )
+        raise Denied(text, **error.fields) from None
 
 
 def _definition(values: dict[str, Any], origin: str, console_root: Path | None) -> Definition:

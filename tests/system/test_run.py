@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from vmloop.client import connect
+from vmloop.client import connect, embedded
 from vmloop.common.errors import DeadlineExceeded
 
 from ..fakes.service_manager import ServiceManager
@@ -228,6 +228,14 @@ def test_what_cannot_be_run_is_told(place: Path, words: list[str], code: int, sa
     told = Run(place, *words).end()
     assert told[0] == code
     assert says in told[2]
+
+
+def test_a_root_that_has_a_broker_is_left_to_it(place: Path) -> None:
+    with embedded(place / "kept") as host:
+        code, _, err = Run(place, *SIMULATED, "--", root=place / "kept").end()
+        assert code == 1
+        assert f"vmloop: denied: a broker (pid {host.version().pid}) serves {place}/kept already" in err
+        assert host.list() == []
 
 
 # -- under a service manager ------------------------------------------------------------------------------------------------
