@@ -119,6 +119,16 @@ def test_a_zygote_that_dies_before_a_dead_worker_has_a_successor_takes_the_conne
     assert rules(recording) == {"no definite outcome"}
 
 
+@pytest.mark.parametrize(("mark", "wrong"), [("m1", set()), ("m9", {"no definite outcome"})])
+def test_what_excused_an_answer_excuses_it_when_it_is_given_again(mark: str, wrong: set[str]) -> None:
+    recording = changed(lambda recording: set_command(recording, (), outcome="outcome-unknown", ended=115.0))
+    fault(recording, 111.0, "kill", "worker", VM)
+    fault(recording, 114.0, "kill", "zygote")
+    recording.zygotes = [Life("", 5, 0, 100.5, 114.1), Life("", 6, 0, 114.6)]
+    recording.commands.append(command(outcome="outcome-unknown", mark=mark, began=150.0, ended=150.1))
+    assert rules(recording) == wrong
+
+
 def test_nobody_answers_while_a_killed_broker_is_not_back() -> None:
     recording = changed(lambda recording: set_command(recording, (), outcome="no-broker"))
     fault(recording, 110.5, "kill", "broker")

@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Final
 
+import msgspec
+
 from .excuses import EDGE, Excuses
 from .recording import NO_ANSWER, RESULT, Account, Command, Life, Recording
 from .violation import Violation
@@ -35,8 +37,13 @@ def wrong_answers(recording: Recording, excuses: Excuses) -> Iterator[Violation]
     lives: dict[str, list[Life]] = defaultdict(list)
     for life in recording.lives:
         lives[life.vm].append(life)
+    first: dict[str, float] = {}
     for command in recording.commands:
-        yield from _wrong_outcome(command, excuses, lives[command.vm])
+        first[command.mark] = min(command.began, first.get(command.mark, command.began))
+    for command in recording.commands:
+        # One that is sent again with its key gets the first one's answer, and what excused that.
+        since = first[command.mark] if command.mark else command.began
+        yield from _wrong_outcome(msgspec.structs.replace(command, began=since), excuses, lives[command.vm])
         yield from _wrong_deed(command, lives[command.vm])
     yield from _lost_with_no_worker(recording, excuses)
     yield from _refused_for_what_it_did(recording, lives, excuses)
