@@ -22,6 +22,8 @@ from ..fakes.chaos_recording import (
     rules,
     set_command,
 )
+from ..system.chaos.answers import WENT_AWAY
+from ..system.chaos.excuses import BROKER_BACK
 from ..system.chaos.recording import Claim, Injected, Life, Recording, Told
 from ..system.chaos.verdict import judge
 
@@ -140,6 +142,10 @@ def test_a_lost_broker_excuses_the_one_without_a_key_only() -> None:
     fault(recording, 110.5, "kill", "broker")
     assert judge(recording) == []
     recording.commands[0] = command(outcome="outcome-unknown", keyed=True)
+    assert rules(recording) == {"no definite outcome"}
+    recording.commands[0] = command(outcome="outcome-unknown", keyed=True, text=f"{WENT_AWAY}: …")
+    assert judge(recording) == []  # its time was over while the next broker was not there yet
+    recording.faults[-1] = msgspec.structs.replace(recording.faults[-1], at=110.9 - BROKER_BACK - 1.0)
     assert rules(recording) == {"no definite outcome"}
 
 

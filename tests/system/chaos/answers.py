@@ -25,6 +25,8 @@ NONSENSE: Final = frozenset(
 )
 # Whoever is asked for its agent in this test has been defined with one.
 NO_PORT: Final = "has no port for a guest agent"
+# Of one with a key: its time was over while there was nobody to ask.
+WENT_AWAY: Final = "the broker went away before it answered"
 # A broker that ends in order says so to who still asks; the bounds of requests are far above what this test sends.
 GOING_DOWN: Final = "the broker is going down"
 # What a real QEMU answers to a mark that it has been given before.
@@ -86,6 +88,7 @@ def _may_be_unsure(command: Command, excuses: Excuses) -> bool:
         excuses.qemu_ended(command.vm, *during)
         or excuses.connection_lost(command.vm, *during)
         or (not command.keyed and excuses.broker_died(*during))
+        or (WENT_AWAY in command.text and excuses.broker_away(command.ended))
     )
 
 
