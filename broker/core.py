@@ -281,7 +281,9 @@ class Core:
         vm = self.roster.by_identity.get(identity)
         if vm is not None:
             vm.heard = now
-            vm.epoch, vm.seq = epoch, seq
+            vm.epoch, vm.seq = max(
+                (vm.epoch, vm.seq), (epoch, seq)
+            )  # an answer that is given again has the cursor of then
         if kind in _ANSWERS:
             self._last_answer = now
             return self._on_answer(number, kind, frame, now)

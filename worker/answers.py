@@ -36,13 +36,23 @@ MAX_BYTES: Final = 8 * 1024 * 1024  # of remembered answers; one larger answer r
 SLACK_BYTES: Final = 1024 * 1024  # of the file beyond twice what is remembered: then it is written anew
 
 
+NOWHERE: Final = Cursor(0, 0)
+
+
 class Answered(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The answer of a request: `kind` and `body` as in common/wire.py."""
+    """The answer of a request: `kind` and `body` as in common/wire.py; `epoch`, `seq`: the newest event when it was made."""
 
     number: int
     key: bytes
     kind: int
     body: bytes
+    epoch: int = 0
+    seq: int = 0
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """None: it is of a vmloop that did not write it down."""
+        return Cursor(self.epoch, self.seq) if self.epoch else None
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -177,7 +187,15 @@ class Answers:
             self._write(Stepped(number, name, error))
 
     def finish(
-        self, number: int, key: bytes, kind: int, body: bytes, *, lasting: bool = True, again: bool = False
+        self,
+        number: int,
+        key: bytes,
+        kind: int,
+        body: bytes,
+        cursor: Cursor = NOWHERE,
+        *,
+        lasting: bool = True,
+        again: bool = False,
     ) -> list[int]:
         """Remember the answer; the numbers of all requests that wait for it. `lasting`: the next worker must know it too.
 
@@ -188,7 +206,7 @@ class Answers:
         numbers = self._running.pop(key) if number in self._running.get(key, ()) else [number]
         key = b"" if again else key
         if lasting or key:
-            answer = Answered(number, key, kind, body)
+            answer = Answered(number, key, kind, body, cursor.epoch, cursor.seq)
             self._remember(answer)
             if lasting:
                 self._write(answer)

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from ..common.cursor import Cursor
 from ..common.definition import definition_from_toml
 from ..common.errors import BadRequest, VmloopError
 from ..common.names import VmName, vm_service
@@ -225,9 +226,9 @@ class App:
         self._status_due = False
         self._link.send(self._status(Kind.STATUS))
 
-    def reply(self, number: int, kind: Kind, body: bytes, received: float) -> None:
-        """Send an answer, or a part of one. `received`: when its request came (loop time)."""
-        cursor = self.events.cursor
+    def reply(self, number: int, kind: Kind, body: bytes, received: float, cursor: Cursor | None = None) -> None:
+        """Send an answer, or a part of one. `received`: when its request came (loop time); `cursor`: when it was made, now if None."""
+        cursor = cursor or self.events.cursor
         self._link.send(
             encode(
                 Message(

@@ -97,7 +97,7 @@ class Requests:
         )
         known = self._answers.known(request.number, request.key) if message.repeated or request.key else None
         if known is not None:
-            self._app.reply(request.number, Kind(known.kind), known.body, now)
+            self._app.reply(request.number, Kind(known.kind), known.body, now, known.cursor)
             return
         if leaving and request.op != "kill":
             return  # not taken up: the broker gives it to the next worker
@@ -159,7 +159,7 @@ class Requests:
             return None
         known = self._answers.known(number)
         if known is not None:  # it died between the answer and the end of its line
-            self._app.reply(number, Kind(known.kind), known.body, self._loop.time())
+            self._app.reply(number, Kind(known.kind), known.body, self._loop.time(), known.cursor)
             return None
         left = self._answers.left_by_predecessor(number)
         if left is not None:  # the last step of an operation, which the broker will ask for again
@@ -334,7 +334,9 @@ class Requests:
         self._app.send_status_if_due()  # who reads the answer and then asks for the list must see what the answer says
         again = isinstance(error, (WorkerLost, Busy))
         answers = self._answers
-        for number in answers.finish(request.number, request.key, kind, body, lasting=request.lasting, again=again):
+        cursor = self._app.events.cursor
+        numbers = answers.finish(request.number, request.key, kind, body, cursor, lasting=request.lasting, again=again)
+        for number in numbers:
             self._running.discard(number)
             self._app.reply(number, kind, body, request.received)
 

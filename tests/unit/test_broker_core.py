@@ -382,3 +382,12 @@ def test_whatever_a_request_carries_reaches_the_worker_as_it_is(
     entry = desk.core.inflight.get(action.number)
     assert entry is not None
     assert entry.reading == bool(flags & FLAG_READING)
+
+
+def test_an_answer_with_the_cursor_of_an_earlier_time_does_not_take_the_vm_back() -> None:
+    desk = Desk()
+    worker = desk.worker("web1")
+    for cursor in ((2, 9), (1, 30)):
+        frame = encode(Message(kind=Kind.REPLY, id=1, epoch=cursor[0], seq=cursor[1], body=pack({})))
+        desk.core.on_worker(worker.identity, [frame], desk.now)
+    assert (desk.vm("web1").epoch, desk.vm("web1").seq) == (2, 9)

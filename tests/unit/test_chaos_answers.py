@@ -22,6 +22,8 @@ from ..fakes.chaos_recording import (
     rules,
     set_command,
 )
+from ..system.chaos.answers import WENT_AWAY
+from ..system.chaos.excuses import BROKER_BACK
 from ..system.chaos.recording import Claim, Injected, Life, Recording, Told
 from ..system.chaos.verdict import judge
 
@@ -119,6 +121,16 @@ def test_a_zygote_that_dies_before_a_dead_worker_has_a_successor_takes_the_conne
     assert rules(recording) == {"no definite outcome"}
 
 
+@pytest.mark.parametrize(("mark", "wrong"), [("m1", set()), ("m9", {"no definite outcome"})])
+def test_what_excused_an_answer_excuses_it_when_it_is_given_again(mark: str, wrong: set[str]) -> None:
+    recording = changed(lambda recording: set_command(recording, (), outcome="outcome-unknown", ended=115.0))
+    fault(recording, 111.0, "kill", "worker", VM)
+    fault(recording, 114.0, "kill", "zygote")
+    recording.zygotes = [Life("", 5, 0, 100.5, 114.1), Life("", 6, 0, 114.6)]
+    recording.commands.append(command(outcome="outcome-unknown", mark=mark, began=150.0, ended=150.1))
+    assert rules(recording) == wrong
+
+
 def test_nobody_answers_while_a_killed_broker_is_not_back() -> None:
     recording = changed(lambda recording: set_command(recording, (), outcome="no-broker"))
     fault(recording, 110.5, "kill", "broker")
@@ -130,6 +142,10 @@ def test_a_lost_broker_excuses_the_one_without_a_key_only() -> None:
     fault(recording, 110.5, "kill", "broker")
     assert judge(recording) == []
     recording.commands[0] = command(outcome="outcome-unknown", keyed=True)
+    assert rules(recording) == {"no definite outcome"}
+    recording.commands[0] = command(outcome="outcome-unknown", keyed=True, text=f"{WENT_AWAY}: …")
+    assert judge(recording) == []  # its time was over while the next broker was not there yet
+    recording.faults[-1] = msgspec.structs.replace(recording.faults[-1], at=110.9 - BROKER_BACK - 1.0)
     assert rules(recording) == {"no definite outcome"}
 
 

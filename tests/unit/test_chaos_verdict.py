@@ -48,6 +48,16 @@ def test_a_claim_of_list_is_held_against_the_kernel(claim: Claim, wrong: str | N
     assert rules(recording) == ({wrong} if wrong else set())
 
 
+@pytest.mark.parametrize(("seen", "wrong"), [(189.0, False), (189.8, True)])
+def test_an_end_counts_from_when_the_process_was_last_seen_alive(seen: float, wrong: bool) -> None:
+    """The kernel is looked at every few hundredths of a second, and `list` may be quicker."""
+    recording = good()
+    [life] = [life for life in recording.lives if life.vm == VM]
+    recording.lives[recording.lives.index(life)] = msgspec.structs.replace(life, seen=seen)
+    recording.claims.append(Claim(VM, "shutoff", 1, 189.5, 189.6))
+    assert rules(recording) == ({"said gone, lives"} if wrong else set())
+
+
 @pytest.mark.parametrize(
     ("at", "what", "vm", "until", "asked"),
     [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -347,6 +348,10 @@ class Desk:
         self.loop = asyncio.new_event_loop()
         self.replies: list[int] = []
 
+    @property
+    def events(self) -> SimpleNamespace:
+        return SimpleNamespace(cursor=HERE)
+
     def send_status_if_due(self) -> None:
         pass
 
@@ -369,3 +374,14 @@ def test_errors_that_say_try_again_are_not_remembered_under_a_key(error: VmloopE
         desk.loop.close()
     assert desk.replies == [1]
     assert (answers.known(2, b"k") is None) is again
+
+
+def test_an_answer_that_is_given_again_has_the_cursor_of_then(path: Path) -> None:
+    first = Answers(path)
+    first.finish(1, b"k", REPLY, b"shut off", HERE)
+    first.close()
+    for answers in (first, second := Answers(path)):
+        known = answers.known(2, b"k")
+        assert known is not None
+        assert known.cursor == HERE
+    second.close()

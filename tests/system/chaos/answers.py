@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Final
 
+import msgspec
+
 from .excuses import EDGE, Excuses
 from .recording import NO_ANSWER, RESULT, Account, Command, Life, Recording
 from .violation import Violation
@@ -23,6 +25,8 @@ NONSENSE: Final = frozenset(
 )
 # Whoever is asked for its agent in this test has been defined with one.
 NO_PORT: Final = "has no port for a guest agent"
+# Of one with a key: its time was over while there was nobody to ask.
+WENT_AWAY: Final = "the broker went away before it answered"
 # A broker that ends in order says so to who still asks; the bounds of requests are far above what this test sends.
 GOING_DOWN: Final = "the broker is going down"
 # What a real QEMU answers to a mark that it has been given before.
@@ -35,8 +39,13 @@ def wrong_answers(recording: Recording, excuses: Excuses) -> Iterator[Violation]
     lives: dict[str, list[Life]] = defaultdict(list)
     for life in recording.lives:
         lives[life.vm].append(life)
+    first: dict[str, float] = {}
     for command in recording.commands:
-        yield from _wrong_outcome(command, excuses, lives[command.vm])
+        first[command.mark] = min(command.began, first.get(command.mark, command.began))
+    for command in recording.commands:
+        # One that is sent again with its key gets the first one's answer, and what excused that.
+        since = first[command.mark] if command.mark else command.began
+        yield from _wrong_outcome(msgspec.structs.replace(command, began=since), excuses, lives[command.vm])
         yield from _wrong_deed(command, lives[command.vm])
     yield from _lost_with_no_worker(recording, excuses)
     yield from _refused_for_what_it_did(recording, lives, excuses)
@@ -79,6 +88,7 @@ def _may_be_unsure(command: Command, excuses: Excuses) -> bool:
         excuses.qemu_ended(command.vm, *during)
         or excuses.connection_lost(command.vm, *during)
         or (not command.keyed and excuses.broker_died(*during))
+        or (WENT_AWAY in command.text and excuses.broker_away(command.ended))
     )
 
 

@@ -71,7 +71,7 @@ def _wrong(claim: Claim, lives: list[Life]) -> Violation | None:
     when = f"claimed {claim.state} (epoch {claim.epoch}) at {claim.answered:.3f}"
     if claim.state == GONE:
         for life in lives:
-            lived = life.born < claim.asked and (life.gone is None or life.gone > claim.answered)
+            lived = life.born < claim.asked and life.surely_lived(claim.answered)
             if lived and (life.epoch == claim.epoch or life.born < claim.asked - NEW):
                 text = f"{when}, but process {life.pid} (epoch {life.epoch or '?'}) lives since {life.born:.3f}"
                 return Violation("said gone, lives", claim.vm, text)

@@ -78,13 +78,21 @@ class Emission(msgspec.Struct, frozen=True):
 
 
 class Life(msgspec.Struct, frozen=True):
-    """One QEMU process. `born` and `gone`: seen at; `epoch` 0 if not known."""
+    """One QEMU process. `born` and `gone`: seen at; `epoch` 0 if not known.
+
+    `seen`: when it was last seen alive; between that and `gone` it has ended. None: just then.
+    """
 
     vm: str
     pid: int
     epoch: int
     born: float
     gone: float | None = None
+    seen: float | None = None
+
+    def surely_lived(self, at: float) -> bool:
+        """Whether its end, if it has come, is later."""
+        return self.gone is None or (self.gone if self.seen is None else self.seen) > at
 
 
 class Account(msgspec.Struct, frozen=True):

@@ -82,7 +82,7 @@ class Census:
         return next((life.pid for life in reversed(self.zygotes) if life.gone is None), None)
 
     def _run(self) -> None:
-        looks = 0
+        looks, seen = 0, time.monotonic()
         while not self._stop.is_set():
             for actor in self._actors:
                 for pid, started, born in self._births(actor):
@@ -90,11 +90,14 @@ class Census:
             if looks % ZYGOTES_EVERY == 0:
                 self._look_for_zygotes()
             looks += 1
+            looked = time.monotonic()
             for pidfd, _ in self._poll.poll(LOOK_EVERY * 1000):
                 with self._lock:
                     self._poll.unregister(pidfd)
-                    self.lives.append(msgspec.structs.replace(self._alive.pop(pidfd), gone=time.monotonic()))
+                    life = self._alive.pop(pidfd)
+                    self.lives.append(msgspec.structs.replace(life, gone=time.monotonic(), seen=max(seen, life.born)))
                     os.close(pidfd)
+            seen = looked  # whoever was not among them lived then
             self._stop.wait(LOOK_EVERY / 5)  # those that end in a row are taken together
 
     def _births(self, actor: Actor) -> Iterator[tuple[int, int, float]]:
