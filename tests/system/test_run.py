@@ -158,10 +158,20 @@ def test_a_qemu_that_dies_ends_the_run_as_crashed(place: Path) -> None:
 @pytest.mark.qemu
 @on_real_qemu
 def test_a_qemu_that_does_not_start_tells_why(place: Path) -> None:
-    code, _, err = Run(place, "--", "-machine", "nonsense").end()
+    missing = place / "missing.img"  # which no probe can know of
+    code, _, err = Run(place, "--", "-drive", f"file={missing},if=none,format=raw").end()
     assert code == 1
     assert "launch-failed" in err
-    assert "unsupported machine type" in err
+    assert str(missing) in err
+
+
+@pytest.mark.qemu
+@on_real_qemu
+def test_a_machine_that_qemu_does_not_have_is_told_with_a_near_name(place: Path) -> None:
+    code, _, err = Run(place, "--", "-machine", "q53").end()
+    assert code == 1
+    assert "q53" in err
+    assert ("did you mean" in err) or ("unsupported machine type" in err)  # whether there was time to probe
 
 
 def test_a_broker_that_is_killed_under_it_is_told_and_nothing_is_left(place: Path) -> None:
