@@ -259,7 +259,7 @@ def test_a_detached_qemu_of_ours_is_not_started_twice(site: Site, host: Host) ->
     with pytest.raises(AlreadyRunning, match=str(pid)):
         host.vm("web1").start()
     signal_process(pid, signal.SIGKILL)
-    assert wait_for(lambda: not Path(f"/proc/{pid}/exe").exists())
+    assert wait_for(lambda: not os.path.exists(f"/proc/{pid}/exe"))
     assert host.vm("web1").start().state == "running"
 
 

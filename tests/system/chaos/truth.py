@@ -104,7 +104,7 @@ class Census:
         if actor.kind == REAL:
             run = read_run(self._site.paths.vm(vm_name(actor.name)).run_file)
             if run is not None and run.process is not None:
-                yield run.process.pid, run.process.started, time.monotonic()
+                yield run.process.pid, run.process.started, _on_our_clock(run.process.started)
             return
         content = _from(actor.account, self._seen.get(actor.name, 0))
         whole = content[: content.rfind(b"\n") + 1]
@@ -146,6 +146,12 @@ class Census:
         for pid in sorted((found & self._candidates) - known):
             self.zygotes.append(Life("", pid, 0, now))
         self._candidates = found
+
+
+def _on_our_clock(ticks: int) -> float:
+    """When a process was started, as the kernel has it: clock ticks after boot."""
+    ahead = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    return ticks / os.sysconf("SC_CLK_TCK") - ahead
 
 
 def _from(path: Path, offset: int) -> bytes:
