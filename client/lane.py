@@ -7,9 +7,10 @@ A lane waits in one place, `_wait`: for frames, for its connection to come or go
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from math import ceil
 from typing import Any, Final
 
@@ -41,9 +42,12 @@ def connection_lost(watch: Socket) -> bool:
 
 
 class Lane:
-    """Not for two threads at once."""
+    """Not for two threads at once. One that is lost, for an exception came between its lending and its return, closes itself."""
 
-    def __init__(self, context: zmq.Context[Socket], address: str) -> None:
+    _on_close: Callable[[], None] | None = None  # set as long as there is something to close
+
+    def __init__(self, context: zmq.Context[Socket], address: str, on_close: Callable[[], None]) -> None:
+        """`on_close` is called once when its sockets are closed, in any thread."""
         self._socket, self._watch = connect_dealer(context, address, CLIENT_QUEUE)
         self._calls = Calls(address)
         self._finished: list[Call] = []  # ended outside of `_wait`, which hands them out
@@ -51,11 +55,22 @@ class Lane:
         self._away = False
         self._quiet = [(self._socket, zmq.POLLIN), (self._watch, zmq.POLLIN)]
         self._sending = [(self._socket, zmq.POLLIN | zmq.POLLOUT), (self._watch, zmq.POLLIN)]
+        self._pid = os.getpid()
+        self._on_close = on_close
 
     def close(self) -> None:
-        self._socket.disable_monitor()
-        self._watch.close(linger=0)
-        self._socket.close()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            self._socket.disable_monitor()
+            self._watch.close(linger=0)
+            self._socket.close()
+            on_close()
+
+    def __del__(self) -> None:
+        # A KeyboardInterrupt may come between any two instructions, those of a `finally` too: no code can promise to give a lane back.
+        # In a forked child the sockets are the parent's, and a context that was destroyed has closed them.
+        if self._on_close is not None and os.getpid() == self._pid and not self._socket.closed:
+            self.close()
 
     # -- asking ----------------------------------------------------------------------------------------------------------
 

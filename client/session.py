@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
@@ -71,23 +72,23 @@ class Host:
         self._timeout = timeout
         self._context: zmq.Context[Socket] = zmq.Context()
         self._idle: builtins.list[Lane] = []
-        # Guards the two below; never held while anything waits.
-        self._lock = threading.Lock()
-        self._open = 0  # lanes and subscriptions; the context can end when there are none
+        # Guards the two below; never held while anything waits. Reentrant, for a lost lane is closed wherever its last reference goes.
+        self._lock = threading.RLock()
+        self._open: set[object] = set()  # a token for each lane, and subscriptions; the context can end when there are none
         self._closed = False
         self._events: set[Events] = set()
 
     def close(self) -> None:
         """End all subscriptions and idle connections. A request of another thread still gets its answer; its connection ends with it."""
         with self._lock:
-            unused = not self._closed and self._open == 0
+            unused = not self._closed and not self._open
             self._closed = True
             events = tuple(self._events)
         for subscription in events:
             subscription.close()
         self._close_idle()
         if unused:
-            self._context.term()
+            self._end_context()
 
     def __enter__(self) -> Self:
         return self
@@ -240,11 +241,12 @@ class Host:
                 return self._idle.pop()
             except IndexError:
                 pass
-        self._count_in(MAX_LANES)
+        token = object()
         try:
-            return Lane(self._context, self._endpoint.client_address)
+            self._count_in(token, MAX_LANES)
+            return Lane(self._context, self._endpoint.client_address, partial(self._count_out, token))
         except BaseException:
-            self._count_out()
+            self._count_out(token)
             raise
 
     def _give_lane(self, lane: Lane) -> None:
@@ -259,30 +261,34 @@ class Host:
             except IndexError:
                 return
             lane.close()
-            self._count_out()
 
     def open_subscription(self, events: Events, topics: builtins.list[bytes]) -> Socket:
         """Called by `Events` when it is made."""
-        self._count_in(None)
+        self._count_in(events, None)
         self._events.add(events)
         return connect_subscriber(self._context, self._endpoint.events_address, topics)
 
     def close_subscription(self, events: Events) -> None:
         """Called by `Events` when it has closed its sockets."""
         self._events.discard(events)
-        self._count_out()
+        self._count_out(events)
 
-    def _count_in(self, limit: int | None) -> None:
+    def _count_in(self, token: object, limit: int | None) -> None:
         with self._lock:
             if self._closed:
                 raise BadRequest("this connection to the broker has been closed")
-            if limit is not None and self._open >= limit:
+            if limit is not None and len(self._open) >= limit:
                 raise Busy(f"{limit} requests of this program are in flight; wait for some of them")
-            self._open += 1
+            self._open.add(token)
 
-    def _count_out(self) -> None:
+    def _count_out(self, token: object) -> None:
+        """Once or more; an interruption may come after the first time."""
         with self._lock:
-            self._open -= 1
-            last = self._closed and self._open == 0
+            self._open.discard(token)
+            last = self._closed and not self._open
         if last:
-            self._context.term()
+            self._end_context()
+
+    def _end_context(self) -> None:
+        """Nobody uses it any more. Not `term`: that waits without end for a socket that an interruption in the midst of its making has left."""
+        self._context.destroy(linger=0)

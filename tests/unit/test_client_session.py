@@ -228,7 +228,7 @@ def test_a_late_reply_is_not_taken_for_the_next_one(broker: NativeBroker, host: 
     broker.answer("vmloop", "ping", lambda request: [])
     with pytest.raises(DeadlineExceeded):
         host.call("vmloop", "ping", timeout=0.01, reading=True)
-    late = broker.seen[-1]
+    late = broker.requests.get(timeout=SOON)
     broker.answer("vmloop", "ping", lambda request: [reply(late, {"time": 1.0}), reply(request, {"time": 2.0})])
     assert host.ping() == 2.0
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C in the midst of a call of the blocking client, at any instruction: the host can be closed, and no socket is left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from vmloop.client import calls, connect, lane, session
+from vmloop.client.session import Host
+
+from ..fakes.native_broker import NativeBroker
+
+# A socket whose making was interrupted has nobody yet who could close it, but pyzmq.
+half_made = pytest.mark.filterwarnings("ignore:.*[Uu]nclosed socket:ResourceWarning")
+
+FILES = {calls.__file__, lane.__file__, session.__file__}
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[NativeBroker]:
+    with NativeBroker(tmp_path) as broker:
+        broker.answer_with("vmloop", "ping", {"time": 1.0})
+        yield broker
+
+
+class Interruption:
+    """Raises KeyboardInterrupt before the n-th instruction that is carried out in the client's own files; n from 1."""
+
+    def __init__(self, instruction: int) -> None:
+        self._left = instruction
+        self.struck = False
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        del argument
+        if frame.f_code.co_filename not in FILES:
+            return None
+        frame.f_trace_opcodes = True
+        self._left -= event == "opcode"
+        if self._left == 0 and not self.struck:
+            self.struck = True
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self._trace
+
+
+def ping(host: Host, instruction: int) -> bool:
+    """Whether the call was long enough to be interrupted there."""
+    interruption = Interruption(instruction)
+    try:
+        with interruption:
+            host.ping()
+    except KeyboardInterrupt:
+        assert interruption.struck
+    return interruption.struck
+
+
+@pytest.mark.timeout(60)  # a context that waits for a lost socket would wait for ever
+def test_a_call_on_an_open_connection_may_be_interrupted_anywhere(broker: NativeBroker) -> None:
+    instruction, interrupted = 1, True
+    while interrupted:
+        host = connect(broker.endpoint)
+        host.ping()
+        interrupted = ping(host, instruction)
+        host.close()
+        assert host._context.closed, f"interrupted at instruction {instruction}"
+        instruction += 1
+    assert instruction > 300
+
+
+@pytest.mark.timeout(60)
+@half_made
+def test_the_first_call_too_which_makes_the_connection(broker: NativeBroker) -> None:
+    instruction, interrupted = 1, True
+    while interrupted:
+        host = connect(broker.endpoint)
+        interrupted = ping(host, instruction)
+        host.close()
+        assert host._context.closed, f"interrupted at instruction {instruction}"
+        instruction += 1
+    assert instruction > 300
+
+
+@pytest.mark.timeout(60)
+@half_made
+def test_a_host_is_closed_while_the_interruption_is_on_its_way(broker: NativeBroker) -> None:
+    """Its traceback holds what was being made: a `with` closes the host before that is let go."""
+    instruction, interrupted = 1, True
+    while interrupted:
+        interruption = Interruption(instruction)
+        try:
+            with connect(broker.endpoint) as host, interruption:
+                host.ping()
+        except KeyboardInterrupt:
+            assert interruption.struck
+        interrupted = interruption.struck
+        instruction += 1
+    assert instruction > 300
