@@ -74,7 +74,9 @@ class Host:
         self._idle: builtins.list[Lane] = []
         # Guards the two below; never held while anything waits. Reentrant, for a lost lane is closed wherever its last reference goes.
         self._lock = threading.RLock()
-        self._open: set[object] = set()  # a token for each lane, and subscriptions; the context can end when there are none
+        self._open: set[object] = (
+            set()
+        )  # a token for each lane, and subscriptions; the context can end when there are none
         self._closed = False
         self._events: set[Events] = set()
 
@@ -290,5 +292,5 @@ class Host:
             self._end_context()
 
     def _end_context(self) -> None:
-        """Nobody uses it any more. Not `term`: that waits without end for a socket that an interruption in the midst of its making has left."""
+        """Nobody uses it any more. Not `term`: that waits without end for a socket that an interruption left half made."""
         self._context.destroy(linger=0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records the dialogue with a real monitor: a proxy that any QMP client can be pointed at. docs/testing.md is the guide.
 
-    python -m vmloop.testing.record --qmp SOCKET --listen SOCKET FILE
+    python -m vmloop.testing.record --qmp SOCKET --listen SOCKET --record FILE
 
 `--qmp` is QEMU's socket, `--listen` the one that clients connect to, one at a time as at QEMU's own. Bytes are passed on as they are, with
 file descriptors, and only when they are in the file; an end that does not read stops the other one. It prints `ready` when it listens, and
@@ -40,15 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--listen", type=Path, required=True, metavar="SOCKET", help="where the client connects instead"
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="where the recording goes; it must not be there yet")
+    parser.add_argument(
+        "--record", type=Path, required=True, metavar="FILE", help="where the recording goes; it must not be there yet"
+    )
     options = parser.parse_args(argv)
     try:
-        asyncio.run(_record(options.qmp, options.listen, options.file))
+        asyncio.run(_record(options.qmp, options.listen, options.record))
     except VmloopError as error:
         print(f"vmloop: {error.code}: {error}", file=sys.stderr)  # noqa: T201 - it is this program's way to say so
         return 1
     except OSError as error:
-        print(f"vmloop: internal: {options.file}: {error}", file=sys.stderr)  # noqa: T201 - likewise
+        print(f"vmloop: internal: {options.record}: {error}", file=sys.stderr)  # noqa: T201 - likewise
         return 1
     return 0
 

@@ -67,7 +67,17 @@ def said_in(recording: Path) -> list[Any]:
 def record(qmp: Path, directory: Path, file: Path) -> list[Any]:
     """`converse` through the recorder; what its client heard."""
     listen = directory / "recorded.sock"
-    command = [sys.executable, "-m", "vmloop.testing.record", "--qmp", str(qmp), "--listen", str(listen), str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "vmloop.testing.record",
+        "--qmp",
+        str(qmp),
+        "--listen",
+        str(listen),
+        "--record",
+        str(file),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as recorder:
         try:
             assert recorder.stdout is not None

@@ -62,6 +62,7 @@ def test_what_was_recorded_is_the_same_vm_to_vmloop(
         str(qemu.path),
         "--listen",
         str(listen),
+        "--record",
         str(file),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as recorder:

@@ -48,6 +48,18 @@ def test_a_claim_of_list_is_held_against_the_kernel(claim: Claim, wrong: str | N
     assert rules(recording) == ({wrong} if wrong else set())
 
 
+@pytest.mark.parametrize(("before", "wrong"), [("shutoff", False), ("starting", True), ("running", True)])
+def test_a_run_that_is_known_to_have_begun_is_not_over_while_its_process_lives(before: str, wrong: bool) -> None:
+    """A run's number may be told a moment before its state; after its state has been told there is no such excuse."""
+    recording = good()
+    [life] = [life for life in recording.lives if life.vm == VM]
+    recording.claims[:] = [
+        Claim(VM, before, 1, life.born + 0.1, life.born + 0.2),
+        Claim(VM, "shutoff", 1, life.born + 0.3, life.born + 0.4),
+    ]
+    assert rules(recording) == ({"said gone, lives"} if wrong else set())
+
+
 @pytest.mark.parametrize(("seen", "wrong"), [(189.0, False), (189.8, True)])
 def test_an_end_counts_from_when_the_process_was_last_seen_alive(seen: float, wrong: bool) -> None:
     """The kernel is looked at every few hundredths of a second, and `list` may be quicker."""

@@ -44,6 +44,7 @@ class Recorder:
             str(qmp),
             "--listen",
             str(self.listen),
+            "--record",
             str(self.file),
         ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -15,7 +15,7 @@ from .violation import Violation
 
 # A VM's end is told by its worker, which may have died with it: so long until the next one has told it.
 LONG_GONE: Final = 5.0  # seconds
-# A new process is told of by its worker: so long until `list` must know.
+# A new process is told of by its worker, the run's number a moment before its state: so long until `list` must know.
 NEW: Final = 2.0  # seconds
 # A VM in doubt is looked for at once, and a launch takes a second: nothing of vmloop's own takes so long.
 LONG_IN_DOUBT: Final = 20.0  # seconds
@@ -31,8 +31,11 @@ def wrong_claims(recording: Recording) -> Iterator[Violation]:
     for life in recording.lives:
         lives[life.vm].append(life)
     said: set[tuple[str, str, int]] = set()
+    told: set[tuple[str, int]] = set()  # runs that `list` has known as begun
     for claim in recording.claims:
-        violation = _wrong(claim, lives[claim.vm])
+        violation = _wrong(claim, lives[claim.vm], known=(claim.vm, claim.epoch) in told)
+        if claim.state != GONE:
+            told.add((claim.vm, claim.epoch))
         if violation is not None and (violation.rule, claim.vm, claim.epoch) not in said:
             said.add((violation.rule, claim.vm, claim.epoch))
             yield violation
@@ -67,12 +70,13 @@ def _lives_through(life: Life, began: float, ended: float) -> bool:
     return life.born <= began + NEW and (life.gone is None or life.gone >= ended)
 
 
-def _wrong(claim: Claim, lives: list[Life]) -> Violation | None:
+def _wrong(claim: Claim, lives: list[Life], *, known: bool) -> Violation | None:
+    """`known`: an earlier claim has told that the run had begun; then no moment of it may be called its end."""
     when = f"claimed {claim.state} (epoch {claim.epoch}) at {claim.answered:.3f}"
     if claim.state == GONE:
         for life in lives:
             lived = life.born < claim.asked and life.surely_lived(claim.answered)
-            if lived and (life.epoch == claim.epoch or life.born < claim.asked - NEW):
+            if lived and ((known and life.epoch == claim.epoch) or life.born < claim.asked - NEW):
                 text = f"{when}, but process {life.pid} (epoch {life.epoch or '?'}) lives since {life.born:.3f}"
                 return Violation("said gone, lives", claim.vm, text)
     elif claim.state in ALIVE:
