@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,9 +40,20 @@ class Root:
             if pid in children():
                 os.waitpid(pid, 0)
         for pid in children() - self._before:
-            if not Path(f"/proc/{pid}/cmdline").read_bytes():  # it has ended by itself, or is about to
+            if self._is_ours(pid):
+                os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         shutil.rmtree(root)
+
+    def _is_ours(self, pid: int) -> bool:
+        """A child without a command line has ended by itself, or is in the midst of exec() and will have one at once."""
+        wanted = os.fsencode(self.paths.run.parent) + b"/"
+        deadline = time.monotonic() + SECONDS
+        while not (command := Path(f"/proc/{pid}/cmdline").read_bytes()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+            assert time.monotonic() < deadline, f"child {pid} has no command line, and has not ended"
+        return wanted in command
 
     def processes(self) -> list[int]:
         """Zygotes of this root, and workers forked by them, which have the zygote's command line."""
