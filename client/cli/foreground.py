@@ -241,8 +241,8 @@ class Foreground:
     def _watch(self, events: Events) -> None:
         try:
             end = self._end_in(events)
-        except VmloopError as error:
-            failure = error
+        except Exception as error:  # noqa: BLE001 - whatever it is: without this thread the command would never end
+            failure = error if isinstance(error, VmloopError) else Internal(f"VM {self._vm.name}: {error!r:.500}")
             self._bell.tell(lambda: setattr(self, "_failure", failure))
         else:
             self._bell.tell(lambda: setattr(self, "_end", end))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,12 @@ def _write(output: str, text: bytes) -> None:
     from ...common.durable import write_whole
     from ...common.errors import ConfigError
 
+    target = Path(output)
     try:
-        write_whole(Path(output), text)
+        if target.exists() and not target.is_file():
+            target.write_bytes(text)  # a device or a pipe is written to: a file must not take its place
+        else:
+            write_whole(Path(os.path.realpath(target)), text)  # a link stays one
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror}") from error
 

@@ -269,10 +269,13 @@ def _say(text: str, console: Console | None) -> None:
 
 
 def _say_line(line: str, console: Console | None) -> None:
-    """A line on standard error; on a raw terminal it needs its own carriage return."""
+    """A line on standard error; on a raw terminal it needs its own carriage return. Who does not read it any more does not stop the VM."""
     raw = console is not None and console.raw
-    click.echo(f"\r{line}\r" if raw else line, err=True)
-    sys.stderr.flush()
+    try:
+        click.echo(f"\r{line}\r" if raw else line, err=True)
+    except OSError:  # a closed pipe, a terminal that is gone: what is still to be said goes nowhere
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 COMMANDS = {"run": run}

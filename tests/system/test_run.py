@@ -98,6 +98,34 @@ def test_ctrl_c_powers_the_guest_down_and_that_is_a_success(place: Path) -> None
     assert "asking the guest to power down" in err
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_it_ends_with_the_vm_also_if_nobody_reads_its_events(place: Path, closed: bool) -> None:
+    """`2>&-`, and a pipe like `| head -1`. Its exit code says still how the VM ended."""
+    words = [*VMLOOP, "--root", str(place / "root"), "run", *SIMULATED, "--events", "--"]
+    pipe, theirs = os.pipe()
+    os.close(pipe)
+    with open(theirs, "wb") as stderr:
+        shell = ["sh", "-c", 'exec "$@" 2>&-', "sh"] if closed else []
+        process = subprocess.Popen(
+            [*shell, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            cwd=place,
+            env=environment(place),
+        )
+    with process:
+        try:
+            with connect(root=place / "root", wait=SECONDS) as host:
+                wait_for(lambda: [vm.name for vm in host.list()], SECONDS)
+                vm = host.vm(host.list()[0].name)
+                vm.wait("running", SECONDS)
+                vm.kill()
+            assert process.wait(SECONDS) == 12
+        finally:
+            process.kill()
+
+
 def test_a_second_ctrl_c_kills(place: Path) -> None:
     run = Run(place, *SIMULATED, "--events", "--json", "--", "-simulate", "ignore_powerdown")
     run.see('"new": "running"')

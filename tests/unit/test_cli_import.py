@@ -212,3 +212,17 @@ def test_a_program_that_prints_without_end_is_ended() -> None:
     with pytest.raises(TooLarge) as refused:
         run(["/usr/bin/yes"], SOON, environment={})
     assert refused.value.fields["limit"] == MAX_OUTPUT_BYTES
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(desk: Desk) -> None:
+    target, link, pipe = desk.path / "made.toml", desk.path / "link.toml", desk.path / "pipe"
+    link.symlink_to(target)
+    assert answering(desk).run(str(DATA / "desk.xml"), "-o", str(link)).returncode == 0
+    assert link.is_symlink()
+    made = target.read_bytes()
+    assert tomllib.loads(made.decode())["name"]
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        assert desk.run(str(DATA / "desk.xml"), "-o", str(pipe)).returncode == 0
+        assert reader.read() == made
+    assert pipe.is_fifo()
