@@ -49,7 +49,8 @@ class RecordingFile:
         self._bytes = 0
         self._header = False
         self._count = 0
-        self._asked: list[_Asked] = []  # oldest first
+        self._asked: list[_Asked] = []  # of this session, oldest first
+        self._owed: list[Any] = []  # ids of questions for a secret whose client went before the answer
         self._fresh_session()
 
     def _fresh_session(self) -> None:
@@ -57,8 +58,10 @@ class RecordingFile:
         self._unfinished_request = 0  # bytes
         self._from_qemu: list[bytes] = []  # pieces of a line that is not whole yet
         self._from_qemu_bytes = 0
-        # QEMU gives the reply to a client that has gone to the next one.
-        self._asked = [asked for asked in self._asked if asked.secret]
+        self._fds = 0  # that came with the bytes of a request that is not whole yet
+        # QEMU may give the reply to a client that has gone to the next one.
+        self._owed = [*self._owed, *(asked.id for asked in self._asked if asked.secret)][-MAX_UNANSWERED:]
+        self._asked = []
 
     # -- what was read --
 
@@ -66,12 +69,15 @@ class RecordingFile:
         """Bytes of the client's, with so many file descriptors. Raises `TooLarge`, and OSError if the disk takes nothing."""
         self._from_client.feed(data)
         self._unfinished_request += len(data)
+        self._fds = fds or self._fds  # QEMU too keeps those of the last piece that had any
         while (item := self._from_client.take()) is not None:
             self._unfinished_request = 0
             request = item.value if isinstance(item.value, dict) else None
             self._note_asked(request)
-            self._entry(Entry(self._now(), client=None if request is None else redacted_command(request), fds=fds))
-            fds = 0
+            self._entry(
+                Entry(self._now(), client=None if request is None else redacted_command(request), fds=self._fds)
+            )
+            self._fds = 0
         if self._unfinished_request > MAX_REQUEST_BYTES:
             raise TooLarge(
                 f"{self._path}: the client sends a request of over {MAX_REQUEST_BYTES} bytes", limit=MAX_REQUEST_BYTES
@@ -84,11 +90,14 @@ class RecordingFile:
         self._asked.append(_Asked(UNSET if request is None else request.get("id", UNSET), secret))
 
     def _is_secret(self, message: dict[str, Any]) -> bool:
-        """Whether a line is the reply to a request that asked for a secret. Each reply strikes out its request."""
+        """Whether a line is, or may be, the reply to a request that asked for a secret. Each reply strikes out its request."""
         if "return" not in message and "error" not in message:
             return False
+        name = message.get("id", UNSET)
+        if isinstance(message.get("return"), str) and name in self._owed:
+            return True  # or the answer to a later question: which of the two cannot be told, so nothing is struck out
         for asked in self._asked:
-            if asked.id == message.get("id", UNSET):
+            if asked.id == name:
                 self._asked.remove(asked)
                 return asked.secret
         return False

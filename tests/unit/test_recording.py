@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -168,7 +169,53 @@ def test_a_recording_without_its_end_says_how_to_use_it_all_the_same() -> None:
             {"command-line": "object_add secret,id=s,data=a,,b,format=raw"},
             {"command-line": f"object_add secret,id=s,data={HIDDEN},format=raw"},
         ),
+        (
+            "human-monitor-command",
+            {"command-line": "object_add secret,id=s,data=two words,format=raw"},
+            {"command-line": f"object_add secret,id=s,data={HIDDEN},format=raw"},
+        ),
+        (
+            "human-monitor-command",
+            {"command-line": 'object_add {"qom-type": "secret", "data": "a\\"b", "id": "s"}'},
+            {"command-line": f'object_add {{"qom-type": "secret", "data": "{HIDDEN}", "id": "s"}}'},
+        ),
+        (
+            "human-monitor-command",
+            {"command-line": "qom-set /objects/s data two words"},
+            {"command-line": f"qom-set /objects/s data {HIDDEN}"},
+        ),
+        (
+            "human-monitor-command",
+            {"command-line": 'qom-set -j "/objects/s" "data" "w"'},
+            {"command-line": f'qom-set -j "/objects/s" "data" {HIDDEN}'},
+        ),
+        ("human-monitor-command", {"command-line": "qom-set /objects/s size 7"}, None),
+        ("human-monitor-command", {"command-line": "qom-get /objects/s data"}, None),
         ("human-monitor-command", {"command-line": "info status"}, None),
+        (
+            "object-add",  # QEMU before 6.0
+            {"qom-type": "secret", "id": "s", "props": {"data": "w", "format": "raw"}},
+            {"qom-type": "secret", "id": "s", "props": {"data": HIDDEN, "format": "raw"}},
+        ),
+        (
+            "change",  # likewise
+            {"device": "vnc", "target": "password", "arg": "w"},
+            {"device": "vnc", "target": "password", "arg": HIDDEN},
+        ),
+        ("change", {"device": "ide0", "target": "a.iso", "arg": "raw"}, None),
+        ("blockdev-add", {"url": "https://me:p@s'w@host/x@y"}, {"url": f"https://me:{HIDDEN}@host/x@y"}),
+        ("blockdev-add", {"url": "https://host/x?a=1&token=w&b=2"}, {"url": f"https://host/x?a=1&token={HIDDEN}&b=2"}),
+        ("blockdev-add", {"file": "rbd:pool/i:id=me:key=AQ==:x=y"}, {"file": f"rbd:pool/i:id=me:key={HIDDEN}:x=y"}),
+        (
+            "blockdev-add",
+            {"file": 'json:{"file.cookie": "w", "file": "json:{\\"password\\": \\"w\\"}", "id": "i"}'},
+            {
+                "file": f'json:{{"file.cookie": "{HIDDEN}", "file": "json:{{\\"password\\": \\"{HIDDEN}\\"}}",'
+                ' "id": "i"}'
+            },
+        ),
+        ("blockdev-add", {"file": 'json:{"cookie": "w'}, {"file": f'json:{{"cookie": "{HIDDEN}"'}),
+        ("blockdev-add", {"file": 'json:{"password-secret": "s", "data": "d"}'}, None),
         ("stop", {}, None),
     ],
 )
@@ -185,9 +232,34 @@ def test_the_reply_that_is_a_secret_itself_is_hidden() -> None:
     asked = {"execute": "qom-get", "arguments": {"path": "/objects/s", "property": "data"}}
     assert answers_with_secret(asked)
     assert not answers_with_secret({"execute": "qom-get", "arguments": {"path": "/objects/s", "property": "type"}})
+    for line, secret in [
+        ("qom-get /objects/s data", True),
+        ('qom-get "/objects/s" "data"', True),
+        ("qom-get /s id", False),
+    ]:
+        human = {"execute": "human-monitor-command", "arguments": {"command-line": line}}
+        assert answers_with_secret(human) is secret
     assert redacted_message({"return": "w", "id": 1}, secret=True) == {"return": HIDDEN, "id": 1}
     assert redacted_message({"return": "w", "id": 1}) == {"return": "w", "id": 1}
     assert redacted_message({"error": {"class": "x"}}, secret=True) == {"error": {"class": "x"}}
+
+
+def test_a_property_in_a_list_of_them_is_hidden() -> None:
+    said = {"return": [{"properties": [{"name": "data", "value": "w"}, {"name": "id", "value": "s"}]}]}
+    hidden = {"return": [{"properties": [{"name": "data", "value": HIDDEN}, {"name": "id", "value": "s"}]}]}
+    assert redacted_message(said) == hidden
+    assert redacted_message({"return": [{"name": "data", "type": "str"}]}) == {
+        "return": [{"name": "data", "type": "str"}]
+    }
+
+
+@pytest.mark.parametrize("piece", ["\\", "://", '"cookie":"', "a-", "qom-get ", "://a:", "key=\\"])
+def test_no_text_takes_long_to_look_at(piece: str) -> None:
+    """A megabyte takes milliseconds, unless a pattern goes back and forth in it: then it takes hours."""
+    text = "rbd: = object_add " + piece * ((1 << 20) // len(piece))
+    began = time.process_time()
+    redacted_command({"execute": "human-monitor-command", "arguments": {"command-line": text}})
+    assert time.process_time() - began < 10
 
 
 def test_what_lies_too_deep_to_look_at_is_hidden() -> None:

@@ -137,6 +137,12 @@ def test_a_command_with_another_secret_is_found() -> None:
     assert value(taken(script, "object-add", **{"qom-type": "secret", "data": "another"})) == "made"
 
 
+def test_a_password_that_was_written_into_the_file_by_hand_is_found_too() -> None:
+    by_hand = {"protocol": "vnc", "password": "w"}
+    script = Tape().client("set_password", **by_hand).says(**{"return": "set"}).script()
+    assert value(taken(script, "set_password", **by_hand)) == "set"
+
+
 def test_the_negotiation_is_found_whatever_a_client_enables() -> None:
     script = Tape().client("qmp_capabilities", enable=["oob"]).says(**{"return": {}}).script()
     assert value(taken(script, "qmp_capabilities")) == {}

@@ -264,6 +264,45 @@ def test_a_secret_that_comes_to_the_next_client_is_hidden(tmp_path: Path) -> Non
     assert "hunter2" not in (tmp_path / "f").read_text()
 
 
+def test_after_a_secret_that_never_came_the_next_ones_are_hidden_still(tmp_path: Path) -> None:
+    """Requests without an id: the answer that is missing must not shift the others."""
+    ask = b'{"execute": "qom-get", "arguments": {"path": "/objects/s", "property": "data"}}'
+    made = RecordingFile(tmp_path / "f")
+    made.qemu(GREETING)
+    made.client(ask)
+    made.closed("client")
+    made.qemu(GREETING)
+    made.client(b'{"execute": "query-status"}' + ask + b'{"execute": "query-name"}')
+    made.qemu(b'{"return": {"status": "running"}}\n{"return": "hunter2"}\n')
+    made.closed("client")
+    made.qemu(GREETING)
+    made.client(ask)
+    made.qemu(b'{"return": "hunter2"}\n')
+    made.close()
+    assert "hunter2" not in (tmp_path / "f").read_text()
+    assert '"running"' in (tmp_path / "f").read_text()
+
+
+def test_the_answer_of_the_human_monitor_to_a_question_for_a_secret_is_hidden(tmp_path: Path) -> None:
+    made = RecordingFile(tmp_path / "f")
+    made.qemu(GREETING)
+    ask = {"execute": "human-monitor-command", "arguments": {"command-line": "qom-get /objects/s data"}}
+    made.client(json.dumps(ask).encode())
+    made.qemu(b'{"return": "\\"hunter2\\"\\r\\n"}\n')
+    made.close()
+    assert "hunter2" not in (tmp_path / "f").read_text()
+
+
+def test_file_descriptors_belong_to_the_request_that_they_came_with_a_piece_of(tmp_path: Path) -> None:
+    made = RecordingFile(tmp_path / "f")
+    made.qemu(GREETING)
+    made.client(b'{"execute": "getfd", ', 1)
+    made.client(b'"arguments": {"fdname": "x"}}')
+    made.client(b'{"execute": "stop"}')
+    made.close()
+    assert [entry.fds for entry in read_recording(tmp_path / "f").entries[1:]] == [1, 0]
+
+
 def test_requests_without_answers_are_bounded(tmp_path: Path) -> None:
     made = RecordingFile(tmp_path / "f")
     made.qemu(GREETING)

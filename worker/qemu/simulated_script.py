@@ -132,6 +132,7 @@ class _Reader:
             self._client(entry.at, entry.client if isinstance(entry.client, dict) else {})
 
     def _client(self, at: float, request: dict[str, Any]) -> None:
+        request = redacted_command(request)  # as a live one will be: somebody may have written a password into the file
         name = request.get("execute", request.get("exec-oob", ""))
         arguments = request.get("arguments", {})
         command = name if isinstance(name, str) else ""
