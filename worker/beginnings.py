@@ -19,7 +19,7 @@ from ..common.errors import AlreadyRunning, ConfigError, DeadlineExceeded, Launc
 from ..common.process import ProcessGone, boot_id
 from ..common.states import VmState
 from .handling import Handling
-from .qemu.adopt import connect_monitor, find_process
+from .qemu.adopt import BUSY_SECONDS, connect_in_turn, find_process
 from .qemu.launch import launch, log_tail, mark_of
 from .qemu.recognise import recognise
 from .recognition import WAY_OUT
@@ -103,8 +103,9 @@ async def attach(vm: Vm, handling: Handling, qmp: str, agent: str | None, pid: i
     """Adopt a QMP server that runs. Raises `MonitorLost`, `Denied`, `DeadlineExceeded`; then it is left alone."""
     _refuse_alive(vm)
     _require_kept_page(vm)
-    connection = connect_monitor(qmp)
+    connection = await connect_in_turn(qmp, min(deadline - vm.loop.time(), BUSY_SECONDS))
     try:
+        _refuse_alive(vm)  # again: that may have taken a while
         found = find_process(connection, pid)
     except VmloopError:
         connection.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adopting a QMP server that somebody else started: its monitor's connection and its process. Used by vm.py.
+"""Adopting a QMP server that somebody else started: its monitor's connection and its process. Used by beginnings.py and others of a worker.
 
 Whether a process may be killed is decided here: only when it is surely the one at the other end.
 """
@@ -9,13 +9,24 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Final
 
 import msgspec
+import tenacity
 
 from ...common.errors import BadRequest, Denied, MonitorLost
 from ...common.paths import require_socket_path
 from ...common.process import NotTheProcess, ProcessGone, identify
 from .process import QemuProcess, peer_of
+
+BUSY_SECONDS: Final = (
+    1.0  # a QEMU that was stopped takes first, one by one, the connections that were given up meanwhile
+)
+BUSY_LOOK: Final = 0.02  # seconds between two tries at such a monitor
+
+
+class MonitorBusy(MonitorLost):
+    """Its listening socket takes no further connection at present."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -26,7 +37,9 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def connect_monitor(path: str) -> socket.socket:
-    """A connection to a QMP socket, non-blocking. Raises `MonitorLost` if nobody listens, `BadRequest` for a path that cannot be one."""
+    """A connection to a QMP socket, non-blocking. Raises `MonitorLost` if nobody listens, of these `MonitorBusy` if too many
+    wait there already, and `BadRequest` for a path that cannot be one.
+    """
     if not os.path.isabs(path) or "\0" in path:
         raise BadRequest(f"{path!r:.200} is no absolute path of a socket")
     require_socket_path(Path(path))
@@ -36,13 +49,28 @@ def connect_monitor(path: str) -> socket.socket:
         connection.connect(path)
     except BlockingIOError:
         connection.close()
-        raise MonitorLost(
+        raise MonitorBusy(
             f"{path}: another client is connected and more wait; a QMP socket serves one at a time"
         ) from None
     except OSError as error:
         connection.close()
         raise MonitorLost(f"{path}: {error.strerror}; is QEMU running, with a QMP socket there?") from error
     return connection
+
+
+async def connect_in_turn(path: str, seconds: float) -> socket.socket:
+    """`connect_monitor`, tried again for so long while too many wait there. Raises as that does."""
+
+    async def connect() -> socket.socket:
+        return connect_monitor(path)
+
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(MonitorBusy),
+        wait=tenacity.wait_fixed(BUSY_LOOK),
+        stop=tenacity.stop_after_delay(max(0.0, seconds)),
+        reraise=True,
+    )
+    return await retrying(connect)
 
 
 def is_refused(path: str) -> bool:
