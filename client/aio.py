@@ -26,7 +26,7 @@ from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import BadRequest, OutcomeUnknown
 from ..common.names import vm_name
-from ..common.sockets import CLIENT_QUEUE, connect_dealer, connect_subscriber, edge_fd
+from ..common.sockets import CLIENT_QUEUE, ClientContext, connect_dealer, connect_subscriber, edge_fd
 from . import requests
 from .aio_events import Events
 from .aio_vm import Vm
@@ -114,7 +114,7 @@ class Host:
         self._endpoint = endpoint
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._context: zmq.Context[Socket] = zmq.Context()
+        self._context: zmq.Context[Socket] = ClientContext()
         self._socket, self._watch = connect_dealer(self._context, endpoint.client_address, CLIENT_QUEUE)
         self._calls = Calls(endpoint.client_address)
         self._wakers: dict[Call, asyncio.Future[None]] = {}
