@@ -87,7 +87,10 @@ def embedded(
 
 
 class EmbeddedHost(Host):
-    """A Host whose broker ends with it. Close it, or use it in a `with`. In a child that the program forks it does nothing."""
+    """A Host whose broker ends with it. Close it, or use it in a `with`; one that is lost takes its broker with it all the same.
+
+    In a child that the program forks it does nothing.
+    """
 
     def __init__(self, paths: Paths, timeout: float, broker: PrivateBroker | None) -> None:
         """Made by `embedded`. `broker`: None for one that was there already."""
