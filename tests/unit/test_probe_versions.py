@@ -40,7 +40,7 @@ def qemu_4_2() -> Recording:
     recording = copy.deepcopy(named("5.2.0-x86_64"))
     recording.greeting["version"]["qemu"] = {"major": 4, "minor": 2, "micro": 0}
     for entry in recording.runs[ANY]:
-        value = entry.get("return")
+        value: Any = entry.get("return")
         if entry["execute"] == "query-version":
             value["qemu"] = {"major": 4, "minor": 2, "micro": 0}
         elif isinstance(value, list):
