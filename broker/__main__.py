@@ -49,11 +49,13 @@ def serve(paths: Paths, boot: str | None = None, owner: Owner | None = None) -> 
     """
     os.umask(0o077)
     paths.create()
+    lock = _lock(paths.broker_lock)
+    if owner is not None:
+        owner.has_root = True
     settings = read_settings(paths.settings_file)
     if owner is None:
         log_to_stderr(settings.log.level)
-    lock = _lock(paths.broker_lock)
-    if owner is not None:  # not before: it is another one's if that has the lock
+    else:
         log_to_file(paths.broker_log, settings.log.level, LOG_BYTES)
     _raise_fd_limit()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -192,18 +194,19 @@ def main() -> int:
 
 def _serve_owner(paths: Paths, owner: Owner) -> int:
     forget_starter(os.environ)
+    owner.heed_sigterm()
     try:
         serve(paths, owner=owner)
-        owner.remove_root(paths.run.parent)
-    except VmloopError as error:
-        owner.report(error)
-        raise
+        owner.remove_root(paths)
+        owner.bid_farewell()
     except Exception as error:  # the edge of the process: its owner hears of it too
-        owner.report(Internal(f"the private broker cannot serve {paths.run.parent}: {error!r:.500}"))
+        owner.remove_unserved_root(paths)
+        what = f"the private broker cannot serve {paths.run.parent}: {error!r:.500}"
+        owner.report(error if isinstance(error, VmloopError) else Internal(what))
         raise
     finally:
         owner.close()
-    return owner.exit_code
+    return 0
 
 
 if __name__ == "__main__":

@@ -87,13 +87,17 @@ class Loop:
         self._owner = owner
         self._epoll.register(spawner.fileno(), select.EPOLLIN)
         if owner is not None:
-            self._epoll.register(owner.fileno(), select.EPOLLIN)
+            of_process, of_reports = owner.filenos()
+            self._epoll.register(of_process, select.EPOLLIN)
+            self._epoll.register(of_reports, select.EPOLLHUP)
 
     def run(self) -> None:
         """Until the core is finished, and, where nothing is to be left, everything has ended."""
         self._catch_signals()
         if self._owner is not None:
             self._owner.report()  # not before: it may end us by a signal at once
+            if self._owner.asked_to_end:
+                self._end_as_owned(self._owner, time.monotonic())
         for source, _ in self._doors:
             self._epoll.register(edge_fd(source), select.EPOLLIN)
         self._perform()
@@ -188,10 +192,8 @@ class Loop:
                     self._on_signal(self._signals.popleft(), now)
             elif self._spawner is not None and fd == self._spawner.fileno():
                 self._spawner.turn()
-            elif self._owner is not None and fd == self._owner.fileno():
-                self._epoll.unregister(fd)
-                log.info("the process that this broker belongs to has ended")
-                self._end_as_owned(self._owner, now)
+            elif self._owner is not None and fd in self._owner.filenos():
+                self._on_owner_gone(self._owner, now)
 
     def _on_signal(self, number: int, now: float) -> None:
         if self._owner is not None:
@@ -200,6 +202,14 @@ class Loop:
             return
         log.info("%s: answering what is in flight, then ending; VMs and workers run on", signal.Signals(number).name)
         self._core.drain(now)
+
+    def _on_owner_gone(self, owner: Owner, now: float) -> None:
+        if not owner.gone:
+            owner.gone = True
+            for fd in owner.filenos():
+                self._epoll.unregister(fd)
+            log.info("the process that this broker belongs to has ended, or let it go")
+            self._end_as_owned(owner, now)
 
     def _end_as_owned(self, owner: Owner, now: float, *, kill: bool = False) -> None:
         vms = "kill" if kill else owner.ownership.vms

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 from collections.abc import MutableMapping
-from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from ..common.errors import VmloopError
-from ..common.ownership import NOT_ENDED, Ownership, send_report
+from ..common.ownership import Ownership, send_farewell, send_report
+from ..common.paths import Paths
 
 LOG_BYTES: Final = 1 << 20  # of broker.log, and of the one before it
 
@@ -26,37 +28,55 @@ _MANAGERS_WORDS: Final = (
 
 
 class Owner:
-    """Readable when it has ended."""
+    """The process itself, and its end of the socket for reports."""
 
     def __init__(self, ownership: Ownership) -> None:
         self.ownership = ownership
         # Set by the loop: no VM, worker or zygote is left; and that there ought to be none.
         self.all_ended = self.all_to_end = False
-        self._report_fd: int | None = ownership.report_fd
-        for fd in (ownership.owner_fd, ownership.report_fd):
+        self.has_root = False  # set when the root's lock is held: no other broker is in it
+        self.gone = False  # set by the loop
+        self.asked_to_end = False  # by a signal that came before the loop could take it
+        self._report = socket.socket(fileno=ownership.report_fd)
+        self._reported = False
+        for fd in self.filenos():
             os.set_inheritable(fd, False)
 
-    def fileno(self) -> int:
-        """Its pidfd."""
-        return self.ownership.owner_fd
+    def filenos(self) -> tuple[int, int]:
+        """Its pidfd, readable when it has ended; the socket, hung up when it has let this broker go."""
+        return self.ownership.owner_fd, self._report.fileno()
 
     def report(self, error: VmloopError | None = None) -> None:
         """Tell it, once, that it is served, or why it is not."""
-        if self._report_fd is not None:
-            fd, self._report_fd = self._report_fd, None
-            send_report(fd, error)
+        if not self._reported:
+            self._reported = True
+            send_report(self._report, error)
 
-    @property
-    def exit_code(self) -> int:
-        return NOT_ENDED if self.all_to_end and not self.all_ended else 0
+    def heed_sigterm(self) -> None:
+        """Until the loop does: half a broker would leave a zygote, or a temporary root."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.asked_to_end = True
+
+    def bid_farewell(self) -> None:
+        """The last word, when nothing more is done."""
+        send_farewell(self._report, all_ended=self.all_ended or not self.all_to_end)
 
     def close(self) -> None:
         os.close(self.ownership.owner_fd)
+        self._report.close()
 
-    def remove_root(self, root: Path) -> None:
+    def remove_root(self, paths: Paths) -> None:
         """The end of a root that was only for this owner, unless somebody still lives in it. Raises OSError if not all of it goes."""
         if self.ownership.temporary and self.all_ended:
-            shutil.rmtree(root)
+            shutil.rmtree(paths.run.parent)
+
+    def remove_unserved_root(self, paths: Paths) -> None:
+        """The same after a start that failed: the owner may be gone. Where a zygote was started something may live."""
+        if self.ownership.temporary and self.has_root and not paths.zygote_socket.exists():
+            shutil.rmtree(paths.run.parent, ignore_errors=True)
 
 
 def forget_starter(environ: MutableMapping[str, str]) -> None:

@@ -7,7 +7,10 @@
 
 The broker is a process; in the caller there is no thread, no event loop and no signal handler of vmloop's, and of its own state nothing is
 changed. The broker holds a pidfd of the caller: it sees the caller's end however it comes about, and no child that the caller has forked
-keeps it alive. aio_embedding.py is the same for asyncio, cli/run.py the command built on it.
+keeps it alive. An exception (Ctrl-C too) may come between any two instructions and lose what was being started: then the caller's end of
+the socket for reports is closed with the object that held it, and the broker ends as well.
+
+aio_embedding.py is the same for asyncio, cli/run.py the command built on it.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import fcntl
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, get_args
 
@@ -28,10 +33,10 @@ from ..common.errors import BadRequest, ConfigError, DeadlineExceeded, Denied, I
 from ..common.ownership import (
     MAX_REPORT_BYTES,
     MAX_STOP_TIMEOUT,
-    NOT_ENDED,
     Ending,
     Ownership,
     ownership_to_argument,
+    read_farewell,
     read_report,
 )
 from ..common.paths import Paths, paths_under
@@ -45,6 +50,9 @@ START_SECONDS: Final = 30.0
 END_MARGIN: Final = 60.0
 # Guests that do not listen must not make a program that was killed go on for long.
 STOP_TIMEOUT: Final = 10.0
+
+# A process that has ended, or was killed, is a zombie within this; if it is not, the kernel holds it.
+REAP_SECONDS: Final = 5.0
 
 _LOG_TAIL_BYTES: Final = 2000  # of broker.log, when it says nothing else
 
@@ -70,7 +78,12 @@ def embedded(
     """
     launch = Launch(directory, vms, stop_timeout, join, wait)
     broker = launch.start()
-    return EmbeddedHost(launch.paths, timeout, broker)
+    try:
+        return EmbeddedHost(launch.paths, timeout, broker)
+    except BaseException:
+        if broker is not None:
+            broker.end()
+        raise
 
 
 class EmbeddedHost(Host):
@@ -85,11 +98,14 @@ class EmbeddedHost(Host):
 
     @property
     def broker_fd(self) -> int | None:
-        """An fd that becomes readable when the private broker ends, for who waits for several things; None: it is not this program's."""
+        """An fd that becomes readable when the private broker ends, for who waits for several things.
+
+        None: it is not this program's, or it has been ended.
+        """
         return self._broker.fileno() if self._broker is not None else None
 
     def close(self) -> None:
-        """End the broker, and the VMs as was chosen; returns when all that is to end has ended.
+        """End the broker, and the VMs as was chosen; returns when all that is to end has ended. One that was interrupted can be repeated.
 
         Raises `DeadlineExceeded` if that takes far too long; whatever is left goes on ending.
         """
@@ -98,9 +114,8 @@ class EmbeddedHost(Host):
         try:
             super().close()
         finally:
-            broker, self._broker = self._broker, None
-            if broker is not None:
-                broker.end()
+            if self._broker is not None:
+                self._broker.end()
 
 
 class Launch:
@@ -122,108 +137,162 @@ class Launch:
         self._wait = wait
         self._directory = Path(directory).absolute() if directory is not None else None
         self.paths = paths_under(self._directory or Path("/"))
+        self._given_up = threading.Event()
+        self._deciding, self._started = threading.Lock(), False
+        self._broker: PrivateBroker | None = None
 
     def start(self) -> PrivateBroker | None:
         """Start it; None if one that serves there already is joined."""
-        if self._directory is None:
-            self.paths = paths_under(Path(tempfile.mkdtemp(prefix="vml-")))
-        elif self._join and _serves(self.paths):
+        if self._join and _serves(self.paths):
             return None
+        made: Path | None = None
         try:
-            return self._start_patiently()
+            if self._temporary:
+                made = _temporary_root()
+                self.paths = paths_under(made)
+            broker = self._start_patiently()
+            if self._is_wanted():
+                return broker
+            broker.end()
+            return None
         except Denied as error:
             if self._join:
                 return None
             raise Denied(f"{error.message}; with join=True that one is used", **error.fields) from None
         except BaseException:
-            if self._temporary:
-                shutil.rmtree(self.paths.run.parent, ignore_errors=True)
+            # Not under a broker that may still be ending: that removes it itself.
+            if made is not None and (self._broker is None or self._broker.fileno() is None):
+                shutil.rmtree(made, ignore_errors=True)
             raise
+
+    def give_up(self) -> None:
+        """Called by another thread than the one that is in `start`, which comes to its end soon.
+
+        It raises, or gives None for a broker that it has ended again; or the broker, if that was started already.
+        """
+        with self._deciding:
+            self._given_up.set()
+            if not self._started and self._broker is not None:
+                self._broker.give_up()
+
+    def _is_wanted(self) -> bool:
+        with self._deciding:
+            self._started = not self._given_up.is_set()
+        return self._started
 
     def _start_patiently(self) -> PrivateBroker:
         if self._join or self._wait <= 0:
             return self._start_one()
-        from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+        from tenacity import (
+            Retrying,
+            retry_if_exception_type,
+            sleep_using_event,
+            stop_after_delay,
+            stop_when_event_set,
+            wait_exponential,
+        )
 
         attempts = Retrying(
             reraise=True,
             retry=retry_if_exception_type(Denied),
-            stop=stop_after_delay(self._wait),
+            stop=stop_after_delay(self._wait) | stop_when_event_set(self._given_up),
             wait=wait_exponential(multiplier=FIRST_WAIT, max=MAX_WAIT),
+            sleep=sleep_using_event(self._given_up),
         )
         return attempts(self._start_one)
 
     def _start_one(self) -> PrivateBroker:
-        broker = PrivateBroker(self.paths, self._vms, self._stop_timeout, self._temporary)
-        broker.start()
-        return broker
+        self._broker = PrivateBroker(self.paths, self._vms, self._stop_timeout, self._temporary)
+        self._broker.start(self._given_up)
+        return self._broker
 
 
 class PrivateBroker:
-    """A broker's process that belongs to this one. `end` may be called from another thread than `start`."""
+    """A broker's process that belongs to this one. `end` may be called by several threads at once, and again after it has failed."""
+
+    _pidfd = -1
+    _reports: socket.socket | None = None
 
     def __init__(self, paths: Paths, vms: Ending, stop_timeout: float, temporary: bool) -> None:
+        self._process: subprocess.Popen[bytes] | None = None  # until it has been reaped
         self._paths = paths
         self._vms: Ending = vms
         self._stop_timeout = stop_timeout
         self._temporary = temporary
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._pid = os.getpid()
+        self._all_ended: bool | None = None  # its last word; None: it had none
+        # Of `end`: a second thread waits for the first, whose waits have deadlines. Reentrant, for a signal handler may close the host.
+        self._lock = threading.RLock()
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+    def fileno(self) -> int | None:
+        """Its pidfd: readable when it has ended; None if it is not there, or has been seen to have ended."""
+        return self._pidfd if self._pidfd >= 0 else None
 
-    def fileno(self) -> int:
-        """Its pidfd: readable when it has ended."""
-        return self._pidfd
+    def __del__(self) -> None:
+        self._let_go()
 
     # -- start --------------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start it and wait until it serves. Raises what it says; then it has ended."""
+    def start(self, given_up: threading.Event | None = None) -> None:
+        """Start it and wait until it serves. Raises what it says; then it has ended. `given_up`: set before `give_up` is called."""
         self._paths.create()
+        try:
+            self._start(given_up)
+        except OSError as error:
+            raise ConfigError(f"no broker can be started under {self._paths.run.parent}: {error}") from error
+
+    def _start(self, given_up: threading.Event | None) -> None:
         with ExitStack() as fds:
-            owner = _above_standard(fds, os.pidfd_open(os.getpid()))
+            owner = _above_standard(os.pidfd_open(os.getpid()))
+            fds.callback(os.close, owner)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            fds.enter_context(ours)
-            report = _above_standard(fds, theirs.detach())
-            self._process = self._spawn(owner, report)
+            self._reports = socket.socket(fileno=_above_standard(ours.detach()))
+            report = _above_standard(theirs.detach())
+            fds.callback(os.close, report)
             try:
-                self._pidfd = os.pidfd_open(self._process.pid)
-                self._await_report(ours)
+                if given_up is not None and given_up.is_set():
+                    raise Internal(f"the start of a private broker under {self._paths.run.parent} was given up")
+                self._process = self._spawn(owner, report)
+                self._pidfd = _above_standard(os.pidfd_open(self._process.pid))
+                self._await_report(self._reports)
             except BaseException:
                 self._abandon()
                 raise
 
+    def give_up(self) -> None:
+        """Called by another thread than the one that is in `start`: the broker is let go, and `start` raises."""
+        reports = self._reports
+        if reports is not None:
+            with suppress(OSError):  # closed meanwhile
+                reports.shutdown(socket.SHUT_RDWR)
+
     def _spawn(self, owner: int, report: int) -> subprocess.Popen[bytes]:
         ownership = Ownership(owner, report, self._vms, self._stop_timeout, self._temporary)
         root = os.fspath(self._paths.run.parent)
-        try:
-            with self._paths.broker_log.open("ab") as log:
-                return subprocess.Popen(
-                    [sys.executable, "-m", "vmloop.broker", root, "--owned", ownership_to_argument(ownership)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    pass_fds=[owner, report],
-                    start_new_session=True,  # Ctrl-C and the end of the terminal are for the caller, who ends the broker
-                    cwd="/",
-                )
-        except OSError as error:
-            raise ConfigError(f"no broker can be started under {root}: {error}") from error
+        environ = dict(os.environ)
+        if environ.get("PYTHONPATH"):  # it may be relative to where we are
+            environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
+        with self._paths.broker_log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "vmloop.broker", root, "--owned", ownership_to_argument(ownership)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=[owner, report],
+                start_new_session=True,  # Ctrl-C and the end of the terminal are for the caller, who ends the broker
+                cwd="/",
+                env=environ,
+            )
 
     def _await_report(self, report: socket.socket) -> None:
         """Its one packet: it serves, or why not. Its death is waited for beside it, for a child of ours may hold the other end open."""
         poll = select.poll()
-        for end in (report, self):
-            poll.register(end, select.POLLIN)
+        for fd in (report.fileno(), self._pidfd):
+            poll.register(fd, select.POLLIN)
         if not poll.poll(START_SECONDS * 1000):
             raise Internal(f"the private broker does not serve within {START_SECONDS:g} s: {self._log_tail()}")
-        report.setblocking(False)
         try:
-            said = report.recv(MAX_REPORT_BYTES)
+            said = report.recv(MAX_REPORT_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             said = b""
         if not said:
@@ -233,12 +302,15 @@ class PrivateBroker:
             raise error
 
     def _abandon(self) -> None:
-        """It is of no use: it has ended, or is told to."""
-        assert self._process is not None
-        self._process.terminate()
-        if self._pidfd < 0 or not self._ends_within(END_MARGIN):
-            self._process.kill()
-        self._reap()
+        """It is of no use: it has ended, or is told to. If this is interrupted too, it ends for having been let go."""
+        if self._reports is not None:
+            self._reports.close()
+        if self._process is not None:
+            self._tell(signal.SIGTERM)
+            if self._pidfd < 0 or not self._ends_within(END_MARGIN):
+                self._tell(signal.SIGKILL)
+            self._reap()
+        self._let_go()
 
     def _log_tail(self) -> str:
         try:
@@ -252,42 +324,85 @@ class PrivateBroker:
     def end(self) -> None:
         """Have it end, with what was chosen for the VMs, and wait. One that was killed is started once more to do so.
 
-        Raises `DeadlineExceeded`, `Internal`.
+        Raises `DeadlineExceeded`, `Internal`; then, and after an interruption, it may be called again. In a forked child it does nothing.
         """
-        code = self._end_process()
-        root = self._paths.run.parent
-        if code not in (0, NOT_ENDED) or (self._temporary and code == 0 and root.exists()):
-            try:
-                self.start()
-            except Denied:
-                return  # somebody else serves there meanwhile, and whatever runs is his
-            code = self._end_process()
-        if code == NOT_ENDED:
-            raise DeadlineExceeded(f"not all that runs under {root} could be ended: {self._log_tail()}")
-        if code != 0:
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            before = self._process is None  # an earlier `end` saw it end, and failed or was interrupted
+            self._end_process()
+            if not self._is_over and (before or self._all_ended is None or self._all_ended):
+                try:
+                    self.start()
+                except Denied:  # somebody else serves there meanwhile, and whatever runs is his
+                    self._all_ended = True
+                    return
+                self._end_process()
+        if self._all_ended is None:
             raise Internal(
-                f"the private broker of {root} was killed, and the one that was to end what it left too ({code})"
+                f"the private broker of {self._paths.run.parent} was killed, and the one that was to end what it left"
+                f" has not done so: {self._log_tail()}"
+            )
+        if not self._all_ended:
+            raise DeadlineExceeded(
+                f"not all that runs under {self._paths.run.parent} could be ended: {self._log_tail()}"
             )
 
-    def _end_process(self) -> int:
-        assert self._process is not None
-        self._process.terminate()  # does nothing if it has ended
+    @property
+    def _is_over(self) -> bool:
+        return self._all_ended is True and not (self._temporary and self._paths.run.parent.exists())
+
+    def _end_process(self) -> None:
+        if self._process is None:
+            return
+        self._tell(signal.SIGTERM)
         if not self._ends_within(self._stop_timeout + END_MARGIN):
-            raise DeadlineExceeded(f"the private broker of {self._paths.run.parent} (pid {self.pid}) does not end")
-        return self._reap()
+            pid = self._process.pid
+            raise DeadlineExceeded(f"the private broker of {self._paths.run.parent} (pid {pid}) does not end")
+        if self._process is not None:  # else a signal handler has closed the host while we waited
+            self._all_ended = self._last_word()
+            self._reap()
+            self._let_go()
+
+    def _last_word(self) -> bool | None:
+        """Whether it has ended all that was to end; None if it was killed before it could say so."""
+        assert self._reports is not None
+        try:
+            said = self._reports.recv(MAX_REPORT_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK)  # if we are interrupted
+        except BlockingIOError:  # a child of ours has its end of the socket, by a fork while it was being started
+            said = b""
+        return read_farewell(said) if said else None
+
+    # -- its process --------------------------------------------------------------------------------------------------------
+
+    def _tell(self, number: signal.Signals) -> None:
+        """By its pidfd: its pid may be another's by now, if somebody else in this program reaps its children."""
+        assert self._process is not None
+        if self._pidfd < 0:
+            self._process.send_signal(number)
+            return
+        with suppress(ProcessLookupError):  # it has ended
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def _ends_within(self, seconds: float) -> bool:
         poll = select.poll()
-        poll.register(self, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
-    def _reap(self) -> int:
-        assert self._process is not None
-        code = self._process.wait()  # it has ended, or was killed just now
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        return code
+    def _reap(self) -> None:
+        """It has ended, or was killed just now. What the kernel holds for longer is left to it."""
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(REAP_SECONDS)
+            self._process = None
+
+    def _let_go(self) -> None:
+        if self._reports is not None:
+            self._reports.close()
+        self._reports = None
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
 
 def _serves(paths: Paths) -> bool:
@@ -298,10 +413,18 @@ def _serves(paths: Paths) -> bool:
     return True
 
 
-def _above_standard(fds: ExitStack, fd: int) -> int:
+def _temporary_root() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="vml-"))
+    except OSError as error:
+        raise ConfigError(f"no temporary directory can be made for a private broker: {error}") from error
+
+
+def _above_standard(fd: int) -> int:
     """The fd under a number over 2: in a program that has closed its standard streams it may have one of theirs."""
-    if fd <= 2:
-        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        os.close(low)
-    fds.callback(os.close, fd)
-    return fd
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)

@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 import pytest
 
 from vmloop.client.session import Host
 from vmloop.client.vm import Vm
 
-from .site import Site
+from .site import Site, processes_of, wait_for
+
+# That what a program has left may go on ending.
+SECONDS: Final = 20.0
 
 
 @pytest.fixture
@@ -49,3 +58,18 @@ def beside(site: Site, host: Host) -> Iterator[Vm]:
     after = vm.show()
     assert (after.worker_pid, after.pid, after.cursor) == (before.worker_pid, before.pid, before.cursor)
     assert host.version().pid == broker
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory with a short path, in which nothing may be left running."""
+    made = Path(tempfile.mkdtemp(prefix="vml-"))
+    try:
+        yield made
+        left = wait_for(lambda: not (found := processes_of(made)) or found, SECONDS)
+        assert left is True, f"left running: {left}"
+        assert list(made.rglob("*.sock")) == []
+    finally:
+        for pid in processes_of(made):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(made)

@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import os
-import select
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,90 +20,18 @@ import pytest
 from vmloop.client import aio, connect, embedded
 from vmloop.client.embedding import STOP_TIMEOUT
 from vmloop.common.errors import BadRequest, ConfigError, Denied, NoBroker
-from vmloop.common.paths import paths_under
 
 from .managed import comm
+from .program import Script, ended
 from .site import REAL_ARGS, kill_process, processes_of, wait_for
 
 SECONDS: Final = 20.0
 WEB1: Final = {"name": "web1", "qemu": {"binary": "simulated"}}
 REAL: Final = {"name": "real", "qemu": {"args": REAL_ARGS}}
 
-# What every script begins with; `told` is how it speaks to the test.
-PREAMBLE: Final = """
-import json, os, signal, sys, threading
-from vmloop.client import embedded
-WEB1 = {"name": "web1", "qemu": {"binary": "simulated"}}
-place = sys.argv[1]
-def told(**facts):
-    print(json.dumps(facts), flush=True)
-"""
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory with a short path, in which nothing may be left running."""
-    made = Path(tempfile.mkdtemp(prefix="vml-"))
-    try:
-        yield made
-        left = wait_for(lambda: not (found := processes_of(made)) or found, SECONDS)
-        assert left is True, f"left running: {left}"
-        assert list(made.rglob("*.sock")) == []
-    finally:
-        for pid in processes_of(made):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(made)
-
-
-class Script:
-    """A program of its own; `told` reads what it says, one line at a time."""
-
-    def __init__(self, place: Path, body: str, **options: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PREAMBLE + body, str(place)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,  # a line that has been read ahead is not seen by select
-            cwd=place,
-            **options,
-        )
-
-    def told(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], SECONDS)[0], "it says nothing"
-        facts: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return facts
-
-    def go_on(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.close()
-
-    def end(self) -> int:
-        code = self.process.wait(SECONDS)
-        self.close()
-        return code
-
-    def close(self) -> None:
-        self.process.wait(SECONDS)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
-
 
 def open_fds() -> set[str]:
     return {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()}
-
-
-def ended(root: Path, name: str = "web1") -> dict[str, Any]:
-    """How a VM's newest run ended, as its worker has written it down."""
-    found = json.loads(paths_under(root).vms_state.joinpath(name, "run.json").read_text())
-    assert found["ended"] is not None
-    return dict(found["ended"])
 
 
 # -- from where it is used ------------------------------------------------------------------------------------------------
@@ -224,6 +145,19 @@ os.write(out, json.dumps({"gone": not os.path.exists(f"/proc/{worker}")}).encode
     )
     assert script.told() == {"gone": True}
     assert script.end() == 0
+
+
+def test_what_a_relative_pythonpath_names_is_found_by_the_broker_too(place: Path) -> None:
+    (place / "lib").mkdir()
+    (place / "lib/sitecustomize.py").write_text(
+        "import pathlib, sys\nwith open(pathlib.Path(__file__).with_name('seen'), 'a') as seen:\n    print(*sys.orig_argv, file=seen)\n"
+    )
+    script = Script(place, "with embedded(place):\n    told()", env={**os.environ, "PYTHONPATH": "lib"})
+    script.told()
+    assert script.end() == 0
+    seen = (place / "lib/seen").read_text()
+    assert "-m vmloop.broker " in seen
+    assert "-m vmloop.broker.zygote " in seen
 
 
 # -- one directory ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a private broker is told at its start, and its one report."""
+"""What a private broker is told at its start, and what it reports: that it serves, and how it has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from vmloop.common.ownership import (
     Ownership,
     ownership_from_argument,
     ownership_to_argument,
+    read_farewell,
     read_report,
+    send_farewell,
     send_report,
 )
 
@@ -66,7 +68,7 @@ def test_a_report_says_that_it_serves_or_why_not(
     ends: tuple[socket.socket, socket.socket], error: VmloopError | None
 ) -> None:
     ours, theirs = ends
-    send_report(theirs.detach(), error)
+    send_report(theirs, error)
     told = read_report(ours.recv(MAX_REPORT_BYTES))
     assert type(told) is type(error)
     if isinstance(error, Denied):
@@ -76,7 +78,24 @@ def test_a_report_says_that_it_serves_or_why_not(
 def test_an_owner_that_is_gone_need_not_be_told(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = ends
     ours.close()
-    send_report(theirs.detach(), None)
+    send_report(theirs, None)
+    send_farewell(theirs, all_ended=True)
+
+
+@pytest.mark.parametrize("all_ended", [True, False])
+def test_a_farewell_says_whether_all_has_ended(ends: tuple[socket.socket, socket.socket], all_ended: bool) -> None:
+    ours, theirs = ends
+    send_farewell(theirs, all_ended=all_ended)
+    assert read_farewell(ours.recv(MAX_REPORT_BYTES)) is all_ended
+
+
+@given(st.binary(max_size=200))
+def test_any_farewell_is_one_or_a_config_error(body: bytes) -> None:
+    try:
+        told = read_farewell(body)
+    except ConfigError:
+        return
+    assert isinstance(told, bool)
 
 
 @given(st.binary(max_size=200))
