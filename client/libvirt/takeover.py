@@ -14,6 +14,7 @@ from .devices_of_libvirt import (
     in_libvirts_place,
     is_agent_port,
     is_master_key,
+    is_memory_directory,
     memory_directory,
     monitor_ids,
     secret_id,
@@ -132,8 +133,8 @@ class Takeover:
         kept = []
         for option, properties in self._with_properties("-chardev"):
             path = properties.text("path")
-            if not self._theirs(path):
-                kept.append(option)
+            if properties.text("backend") != "socket" or not self._theirs(path):
+                kept.append(option)  # a file, a pipe or a device is where the domain has it
             elif properties.text("server") in ("on", "yes") or "server" in properties.values:
                 file = path.rpartition("/")[2] or properties.text("id")
                 why = f"it was in a directory of libvirt's: QEMU listens on {file} in the VM's own (state/vms/NAME)"
@@ -210,8 +211,8 @@ class Takeover:
         for option, properties in self._with_properties("-object", "-blockdev", "-drive"):
             memory = properties.text("mem-path")
             image = properties.text("filename") or (properties.text("file") if option.name == "-drive" else "")
-            if memory and self._theirs(memory):
-                place = memory_directory(memory, self._own_directory)
+            if memory and is_memory_directory(memory, self._theirs):
+                place = memory_directory(memory, self._theirs)
                 where = "the VM's own directory" if place == "." else place
                 self.notes.append(
                     changed(
