@@ -42,6 +42,7 @@ _REFERENCES: Final = (
     "tpmdev",
     "fsdev",
 )  # keys that name another option's id, without which the device is none
+_MOVED: Final = "it was in a directory of libvirt's: QEMU listens on {} in the VM's own (state/vms/NAME)"
 
 
 class Takeover:
@@ -131,20 +132,33 @@ class Takeover:
     def _move_sockets(self) -> None:
         """Sockets in libvirt's directories: one that QEMU listens on moves to the VM's directory, one of a helper goes."""
         kept = []
-        for option, properties in self._with_properties("-chardev"):
+        for option, properties in self._with_properties("-chardev", "-vnc", "-spice"):
             path = properties.text("path")
+            if screen := self._screen_moved(option, properties):
+                kept.append(screen)
+                continue
             if properties.text("backend") != "socket" or not self._theirs(path):
                 kept.append(option)  # a file, a pipe or a device is where the domain has it
             elif properties.text("server") in ("on", "yes") or "server" in properties.values:
                 file = path.rpartition("/")[2] or properties.text("id")
-                why = f"it was in a directory of libvirt's: QEMU listens on {file} in the VM's own (state/vms/NAME)"
-                self.notes.append(changed(f"socket {file[:64]}", why))
+                self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
                 kept.append(Option(option.name, properties.replaced(path=file).render()))
             else:
                 self._gone.add(properties.text("id"))
                 why = f"a program that libvirt started listens on {path[:120]}: start it yourself, and add the device"
                 self.notes.append(left_out(f"-chardev {properties.text('id')}", why))
         self._options = kept
+
+    def _screen_moved(self, option: Option, properties: Properties) -> Option | None:
+        """A screen that was shown on a socket in a directory of libvirt's; None for any other argument."""
+        key, prefix = {"-vnc": ("vnc", "unix:"), "-spice": ("addr", "")}.get(option.name, ("", ""))
+        given = properties.text(key)
+        path = given.removeprefix(prefix)
+        if not given.startswith(prefix) or not self._theirs(path):
+            return None
+        file = path.rpartition("/")[2]
+        self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
+        return Option(option.name, properties.replaced(**{key: prefix + file}).render())
 
     def _drop_dependents(self) -> None:
         """What cannot be without something that is gone; in the order of the arguments a thing comes after what it needs."""
@@ -195,13 +209,16 @@ class Takeover:
         if not self._cards:
             return
         kept: list[Option] = []
-        missing = dict(self._cards)
+        missing = {name: card for name, card in self._cards.items() if card.has_slot}
         for option, properties in self._with_properties("-device", "-object"):
             name = properties.text("id")
             if option.name == "-device" and name in missing:
                 kept += missing.pop(name).options(properties)
             elif option.name != "-object" or name.removeprefix("obj") not in self._cards:
                 kept.append(option)
+        for card in self._cards.values():
+            if not card.has_slot:
+                kept += card.options(Properties({}, is_json=True))
         self._options = kept
         for card in missing.values():
             self.notes.append(left_out(f"network card {card.number}", "libvirt's arguments have no place for it"))

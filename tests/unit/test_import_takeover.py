@@ -25,11 +25,7 @@ def args(found: Imported) -> str:
 
 
 def notes(found: Imported, kind: Kind) -> dict[str, str]:
-    return {
-        note.what: note.why
-        for note in found.notes
-        if note.kind is kind and note.what != "hooks"
-    }
+    return {note.what: note.why for note in found.notes if note.kind is kind and note.what != "hooks"}
 
 
 @pytest.mark.parametrize(
@@ -100,3 +96,33 @@ def test_libvirts_own_directories_are_known_and_no_others_taken_for_them(path: s
 def test_guest_memory_leaves_libvirts_directories_and_only_those(given: str, place: str) -> None:
     found = made(f"-object 'memory-backend-file,id=m,mem-path={given}'")
     assert found.definition.qemu.args == ["-object", f"memory-backend-file,id=m,mem-path={place}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("-vnc vnc=unix:/run/libvirt/qemu/1-a/vnc.sock,audiodev=a", "-vnc vnc=unix:vnc.sock,audiodev=a"),
+        (f"-vnc unix:{OWN}/lib/vnc.sock", "-vnc unix:vnc.sock"),
+        (f"-spice unix,addr={OWN}/lib/spice.sock,seamless=on", "-spice unix,addr=spice.sock,seamless=on"),
+    ],
+)
+def test_a_screen_on_a_socket_of_libvirts_is_shown_in_the_vms_own_directory(given: str, kept: str) -> None:
+    found = made(given)
+    assert args(found) == kept
+    assert (
+        "state/vms/NAME"
+        in notes(found, Kind.CHANGED)[f"socket {kept.partition('.sock')[0].split(':')[-1].split('=')[-1]}.sock"]
+    )
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "-vnc unix:/srv/a.sock",
+        "-vnc 127.0.0.1:0,audiodev=a",
+        "-spice port=5900,addr=127.0.0.1,disable-ticketing=on",
+        "-spice unix,addr=/srv/spice.sock",
+    ],
+)
+def test_a_screen_elsewhere_stays_where_it_is(argument: str) -> None:
+    assert args(made(argument)) == argument
