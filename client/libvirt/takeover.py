@@ -6,6 +6,7 @@ Each step goes over all options once and gives those that stay. The ids of what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -22,9 +23,12 @@ from .devices_of_libvirt import (
 )
 from .interfaces import Card
 from .notes import Note, changed, left_out, warning
+from .usb_devices import Wanted, with_ids
 
 # Where libvirt's system daemon keeps the variables of a guest's firmware, unless the domain says otherwise.
 NVRAM_DIRECTORY: Final = "/var/lib/libvirt/qemu/nvram"
+
+_VARIABLES: Final = re.compile(r"_VARS\.[a-z0-9]+\Z")  # .fd, .qcow2, .raw: how libvirt names such a file
 
 _DROPPED: Final = {
     "-S": "vmloop starts QEMU stopped by itself, and lets it go on when its monitor is ready",
@@ -48,12 +52,15 @@ _MOVED: Final = "it was in a directory of libvirt's: QEMU listens on {} in the V
 class Takeover:
     """One command line on its way."""
 
-    def __init__(self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "") -> None:
+    def __init__(
+        self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "", usb: Wanted | None = None
+    ) -> None:
         """`own_directory`: libvirt's root for this import, if it had one."""
         self.notes: list[Note] = []
         self.agent = False
         self._line = line
         self._options = line.options
+        self._usb = usb or {}
         self._cards = {card.placeholder: card for card in cards}
         self._name = name
         self._own_directory = own_directory
@@ -69,6 +76,10 @@ class Takeover:
         self._drop_dependents()
         self._drop_fds()
         self._put_cards()
+        self._options = [
+            with_ids(each, properties, self._usb) if each.name == "-device" else each
+            for each, properties in self._with_properties("-device")
+        ]
         self._move_files()
         self._open_sandbox()
         self._tell_what_is_left()
@@ -237,8 +248,8 @@ class Takeover:
                     )
                 )
                 kept.append(Option(option.name, properties.replaced(mem_path=place).render()))
-            elif image.endswith("_VARS.fd") and self._theirs(image):
-                path = f"{NVRAM_DIRECTORY}/{self._name}_VARS.fd"
+            elif (variables := _VARIABLES.search(image)) and self._theirs(image):
+                path = f"{NVRAM_DIRECTORY}/{self._name}{variables[0]}"
                 self.notes.append(
                     changed(
                         "os nvram",

@@ -126,3 +126,11 @@ def test_a_screen_on_a_socket_of_libvirts_is_shown_in_the_vms_own_directory(give
 )
 def test_a_screen_elsewhere_stays_where_it_is(argument: str) -> None:
     assert args(made(argument)) == argument
+
+
+@pytest.mark.parametrize("ending", ["fd", "qcow2", "raw"])
+def test_variables_of_firmware_get_a_lasting_place_whatever_their_format(ending: str) -> None:
+    found = made(f"-blockdev driver=file,filename={OWN}/lib/qemu/nvram/x_VARS.{ending},node-name=v")
+    path = f"/var/lib/libvirt/qemu/nvram/old_VARS.{ending}"
+    assert args(found) == f"-blockdev driver=file,filename={path},node-name=v"
+    assert path in notes(found, Kind.CHANGED)["os nvram"]
