@@ -51,13 +51,13 @@ def import_domain(
     from ..libvirt.document import document
 
     text = document(imported, origin)
+    if not out.as_json:
+        for note in imported.notes:  # first: they tell why it cannot be written or defined
+            out.aside(f"{note.kind.words}: {note.what}: {note.why}")
     if output is not None:
         _write(output, text)
     if define_it:
         _define(invocation, imported)
-    if not out.as_json:
-        for note in imported.notes:
-            out.aside(f"{note.kind.words}: {note.what}: {note.why}")
     vm = imported.definition.name
     done = [f"{vm}: written to {output}"] * (output is not None) + [f"{vm}: defined"] * define_it
     out.result(_as_json(imported, text), lambda: _say(done, text))

@@ -162,6 +162,7 @@ IMPLIED: Final = {
     "-object": "qom-type",
     "-sandbox": "enable",
     "-tpmdev": "type",
+    "-vnc": "vnc",
 }
 
 

@@ -67,7 +67,7 @@ def import_domain(
     prepared = prepare(root, chosen)
     translated = translate(prepared.xml)
     line = parse_command_line(translated.command_line)
-    takeover = Takeover(line, prepared.cards, chosen, translated.own_directory)
+    takeover = Takeover(line, prepared.cards, chosen, translated.own_directory, prepared.usb)
     options = takeover.run()
     handlers, notes = _handlers(root)
     options = _clock(root, options, notes) + _no_reboot(root, options, handlers, notes)

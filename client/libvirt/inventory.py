@@ -15,6 +15,10 @@ from .domain_xml import QEMU_NAMESPACE, children
 from .notes import Note, changed, left_out, warning
 
 _CGROUP: Final = "libvirt put this into a cgroup; give the units of vmloop a slice, or set it by systemd-run"
+_LOCKED: Final = (
+    "the limit of locked memory, which libvirt raised, is yours to raise now (LimitMEMLOCK= of vmloop's service)"
+)
+_VFIO: Final = "libvirt gave the device to vfio-pci: that is yours now, and "
 _UNKNOWN: Final = "vmloop does not know this element; look whether the arguments say the same"
 _TO_COMMENT: Final = "a definition has no place for it; the file may hold a comment"
 
@@ -138,6 +142,8 @@ def _memory(root: Element) -> Iterator[Note]:
         yield warning(
             "memoryBacking hugepages", "libvirt made a directory of its own there; QEMU must be able to write to it"
         )
+    if root.find("memoryBacking/locked") is not None:
+        yield warning("memoryBacking locked", f"QEMU locks all of its memory: {_LOCKED}")
 
 
 def _bytes(element: Element) -> int | None:
@@ -147,6 +153,12 @@ def _bytes(element: Element) -> int | None:
 
 
 def _processors(root: Element) -> Iterator[Note]:
+    cpu = root.find("cpu")
+    if cpu is not None and cpu.get("mode") == "host-model":
+        yield changed(
+            "cpu host-model",
+            "the model is the one of this host as it is now: libvirt looked anew at each start. Import on the host that will run it",
+        )
     vcpu = root.find("vcpu")
     if vcpu is not None and vcpu.get("cpuset"):
         yield left_out("vcpu cpuset", "pinning was a cgroup's: set AllowedCPUs of the service's slice")
@@ -170,6 +182,8 @@ def _disks(root: Element) -> Iterator[Note]:
         name = f"disk {target.get('dev') if target is not None else number}"
         if disk.find("iotune") is not None:
             yield left_out(f"{name} iotune", "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle")
+        if disk.get("type") == "nvme":
+            yield warning(f"{name} nvme", _VFIO + _LOCKED)
         if disk.find("transient") is not None:
             yield warning(
                 f"{name} transient",
@@ -203,6 +217,8 @@ def _graphics(root: Element) -> Iterator[Note]:
                 f"{name} autoport",
                 "libvirt chose a free port at each start; the argument names one: change it for a second VM",
             )
+        if graphics.get("type") == "sdl":
+            yield warning(name, "QEMU opens a window: vmloop's service needs DISPLAY and XAUTHORITY in its environment")
         if any(listen.get("type") == "network" for listen in graphics.findall("listen")):
             yield changed(
                 f"{name} listen",
@@ -215,18 +231,36 @@ def _balloon(root: Element) -> Iterator[Note]:
         yield left_out("memballoon stats", "libvirt set the period after the start: vmloop qmp NAME qom-set")
 
 
+_HOST_DEVICES: Final = {
+    "pci": _VFIO + _LOCKED,
+    "mdev": f"the mediated device must be there before the start (mdevctl), QEMU's user may open /dev/vfio; {_LOCKED}",
+    "usb": "QEMU's user must be allowed to open the device in /dev/bus/usb",
+    "scsi": "QEMU's user must be allowed to open /dev/sgN, whose number changes from boot to boot",
+}
+
+
 def _host_devices(root: Element) -> Iterator[Note]:
     for number, device in children(root, "devices/hostdev"):
-        if device.get("type") == "pci":
+        advice = _HOST_DEVICES.get(device.get("type", ""))
+        if advice is not None:
+            yield warning(f"hostdev {number}", advice)
+        if device.get("type") == "usb" and device.find("source/address") is not None:
             yield warning(
-                f"hostdev {number}",
-                "libvirt gave the device to vfio-pci and raised the limit of locked memory: both are yours now",
+                f"hostdev {number} address", "its number on the bus is another each time that it is plugged in"
             )
 
 
 def _channels(root: Element) -> Iterator[Note]:
     for kind in ("serial", "parallel", "console", "channel"):
         for number, port in children(root, f"devices/{kind}"):
+            target = port.find("target")
+            if kind == "console" and target is not None and target.get("type") == "serial":
+                continue  # another name for the first serial port
+            if port.get("type") == "stdio":
+                yield warning(
+                    f"{kind} {number} stdio",
+                    "QEMU runs without a terminal: the guest's words go into qemu.log, and nothing can be typed",
+                )
             if port.get("type") == "pty":
                 yield changed(
                     f"{kind} {number}",

@@ -6,6 +6,7 @@ Each step goes over all options once and gives those that stay. The ids of what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -14,6 +15,7 @@ from .devices_of_libvirt import (
     in_libvirts_place,
     is_agent_port,
     is_master_key,
+    is_memory_directory,
     memory_directory,
     monitor_ids,
     secret_id,
@@ -21,9 +23,12 @@ from .devices_of_libvirt import (
 )
 from .interfaces import Card
 from .notes import Note, changed, left_out, warning
+from .usb_devices import Wanted, with_ids
 
 # Where libvirt's system daemon keeps the variables of a guest's firmware, unless the domain says otherwise.
 NVRAM_DIRECTORY: Final = "/var/lib/libvirt/qemu/nvram"
+
+_VARIABLES: Final = re.compile(r"_VARS\.[a-z0-9]+\Z")  # .fd, .qcow2, .raw: how libvirt names such a file
 
 _DROPPED: Final = {
     "-S": "vmloop starts QEMU stopped by itself, and lets it go on when its monitor is ready",
@@ -41,17 +46,21 @@ _REFERENCES: Final = (
     "tpmdev",
     "fsdev",
 )  # keys that name another option's id, without which the device is none
+_MOVED: Final = "it was in a directory of libvirt's: QEMU listens on {} in the VM's own (state/vms/NAME)"
 
 
 class Takeover:
     """One command line on its way."""
 
-    def __init__(self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "") -> None:
+    def __init__(
+        self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "", usb: Wanted | None = None
+    ) -> None:
         """`own_directory`: libvirt's root for this import, if it had one."""
         self.notes: list[Note] = []
         self.agent = False
         self._line = line
         self._options = line.options
+        self._usb = usb or {}
         self._cards = {card.placeholder: card for card in cards}
         self._name = name
         self._own_directory = own_directory
@@ -67,6 +76,10 @@ class Takeover:
         self._drop_dependents()
         self._drop_fds()
         self._put_cards()
+        self._options = [
+            with_ids(each, properties, self._usb) if each.name == "-device" else each
+            for each, properties in self._with_properties("-device")
+        ]
         self._move_files()
         self._open_sandbox()
         self._tell_what_is_left()
@@ -130,20 +143,33 @@ class Takeover:
     def _move_sockets(self) -> None:
         """Sockets in libvirt's directories: one that QEMU listens on moves to the VM's directory, one of a helper goes."""
         kept = []
-        for option, properties in self._with_properties("-chardev"):
+        for option, properties in self._with_properties("-chardev", "-vnc", "-spice"):
             path = properties.text("path")
-            if not self._theirs(path):
-                kept.append(option)
+            if screen := self._screen_moved(option, properties):
+                kept.append(screen)
+                continue
+            if properties.text("backend") != "socket" or not self._theirs(path):
+                kept.append(option)  # a file, a pipe or a device is where the domain has it
             elif properties.text("server") in ("on", "yes") or "server" in properties.values:
                 file = path.rpartition("/")[2] or properties.text("id")
-                why = f"it was in a directory of libvirt's: QEMU listens on {file} in the VM's own (state/vms/NAME)"
-                self.notes.append(changed(f"socket {file[:64]}", why))
+                self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
                 kept.append(Option(option.name, properties.replaced(path=file).render()))
             else:
                 self._gone.add(properties.text("id"))
                 why = f"a program that libvirt started listens on {path[:120]}: start it yourself, and add the device"
                 self.notes.append(left_out(f"-chardev {properties.text('id')}", why))
         self._options = kept
+
+    def _screen_moved(self, option: Option, properties: Properties) -> Option | None:
+        """A screen that was shown on a socket in a directory of libvirt's; None for any other argument."""
+        key, prefix = {"-vnc": ("vnc", "unix:"), "-spice": ("addr", "")}.get(option.name, ("", ""))
+        given = properties.text(key)
+        path = given.removeprefix(prefix)
+        if not given.startswith(prefix) or not self._theirs(path):
+            return None
+        file = path.rpartition("/")[2]
+        self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
+        return Option(option.name, properties.replaced(**{key: prefix + file}).render())
 
     def _drop_dependents(self) -> None:
         """What cannot be without something that is gone; in the order of the arguments a thing comes after what it needs."""
@@ -194,13 +220,16 @@ class Takeover:
         if not self._cards:
             return
         kept: list[Option] = []
-        missing = dict(self._cards)
+        missing = {name: card for name, card in self._cards.items() if card.has_slot}
         for option, properties in self._with_properties("-device", "-object"):
             name = properties.text("id")
             if option.name == "-device" and name in missing:
                 kept += missing.pop(name).options(properties)
             elif option.name != "-object" or name.removeprefix("obj") not in self._cards:
                 kept.append(option)
+        for card in self._cards.values():
+            if not card.has_slot:
+                kept += card.options(Properties({}, is_json=True))
         self._options = kept
         for card in missing.values():
             self.notes.append(left_out(f"network card {card.number}", "libvirt's arguments have no place for it"))
@@ -210,8 +239,8 @@ class Takeover:
         for option, properties in self._with_properties("-object", "-blockdev", "-drive"):
             memory = properties.text("mem-path")
             image = properties.text("filename") or (properties.text("file") if option.name == "-drive" else "")
-            if memory and self._theirs(memory):
-                place = memory_directory(memory, self._own_directory)
+            if memory and is_memory_directory(memory, self._theirs):
+                place = memory_directory(memory, self._theirs)
                 where = "the VM's own directory" if place == "." else place
                 self.notes.append(
                     changed(
@@ -219,8 +248,8 @@ class Takeover:
                     )
                 )
                 kept.append(Option(option.name, properties.replaced(mem_path=place).render()))
-            elif image.endswith("_VARS.fd") and self._theirs(image):
-                path = f"{NVRAM_DIRECTORY}/{self._name}_VARS.fd"
+            elif (variables := _VARIABLES.search(image)) and self._theirs(image):
+                path = f"{NVRAM_DIRECTORY}/{self._name}{variables[0]}"
                 self.notes.append(
                     changed(
                         "os nvram",

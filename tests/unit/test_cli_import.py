@@ -105,7 +105,7 @@ def test_a_domain_from_standard_input_goes_into_a_file(desk: Desk) -> None:
     assert output.read_text().startswith("# made by vmloop import from standard input")
     done = desk.run(str(DATA / "desk.xml"), "--output", str(desk.path / "no" / "where"))
     assert done.returncode == 1
-    assert done.stderr.startswith(b"vmloop: config-error: cannot write ")
+    assert done.stderr.splitlines()[-1].startswith(b"vmloop: config-error: cannot write ")
 
 
 def test_it_is_defined_where_that_is_asked_for(desk: Desk, tmp_path: Path) -> None:
@@ -119,12 +119,26 @@ def test_it_is_defined_where_that_is_asked_for(desk: Desk, tmp_path: Path) -> No
         assert unpack_map(sent.body)["definition"]["agent"]["enabled"] is True
 
 
+def test_what_was_left_out_is_told_also_if_it_cannot_be_written_or_defined(desk: Desk) -> None:
+    desk_xml = str(DATA / "desk.xml")
+    done = answering(desk).run("--connect", "ipc:///nosuch/broker", "import", desk_xml, "--define", command="")
+    assert done.returncode == 3
+    assert b"vmloop: left out: currentMemory: " in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"vmloop: ")
+    done = desk.run(desk_xml, "--output", "/nosuch/a.toml")
+    assert done.returncode == 1
+    assert b"vmloop: left out: currentMemory: " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("why", "advice"),
     [
         ("unsupported configuration: Emulator '/usr/bin/qemu' does not support virt type 'kvm'", "/dev/kvm"),
         ("Failed to connect socket to '/x/virtsecretd-sock': No such file or directory", "--connect qemu:///system"),
         ("no connection driver available for qemu:///embed", "libvirt-daemon-driver-qemu"),
+        ("unsupported configuration: CPU mode 'host-passthrough' for x86_64 qemu domain on", "mode='maximum'"),
+        ("unsupported configuration: No emulator found for arch 'aarch64'", "qemu-system-arm"),
+        ("operation failed: Unable to find any firmware to satisfy 'efi'", "ovmf"),
         ("unsupported configuration: something new", ""),
     ],
 )
