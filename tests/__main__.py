@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All tests, in two processes side by side: the system tests mostly wait for processes and deadlines, the others mostly compute. `make test`.
+"""All tests (`make test`), in two processes side by side: system tests mostly wait, the others mostly compute.
 
     python -m vmloop.tests [PYTEST'S OPTIONS]
 
