@@ -235,7 +235,9 @@ def _backend(interface: Element, name: str, at: int, notes: list[Note]) -> tuple
         return _tap(interface, name, net, notes), None
     if kind == "vhostuser" and given.get("path"):
         socket = {"backend": "socket", "id": f"charnet{at}", "path": given["path"]}
-        socket |= {"server": "on", "wait": "off"} if given.get("mode") == "server" else {}
+        if given.get("mode") == "server":
+            socket |= {"server": "on", "wait": "off"}
+            notes.append(warning(name, f"QEMU does not begin before a switch has connected to {given['path'][:120]}"))
         return _netdev("vhost-user", net, chardev=f"charnet{at}"), Properties(socket, implied=True)
     if kind == "vdpa" and given.get("dev"):
         return _netdev("vhost-vdpa", net, vhostdev=given["dev"]), None

@@ -83,3 +83,13 @@ def test_a_card_without_a_model_is_the_one_that_libvirt_gives_on_that_architectu
         text.encode(), "x", lambda _: Translated(f"/bin/qemu -device {slot}", ""), exists=lambda _: True
     )
     assert found.definition.qemu.args[-1].startswith(f"{model},")
+
+
+@pytest.mark.parametrize(("mode", "waits"), [("server", True), ("client", False)])
+def test_a_vhost_user_card_that_waits_for_its_switch_is_told_of(mode: str, waits: bool) -> None:
+    text = (
+        "<domain type='qemu'><name>a</name><devices><interface type='vhostuser'>"
+        f"<source type='unix' path='/srv/vhu1' mode='{mode}'/><model type='virtio'/></interface></devices></domain>"
+    )
+    found = import_domain(text.encode(), "x", lambda _: Translated("/bin/qemu", ""), exists=lambda _: True)
+    assert any("before a switch has connected to /srv/vhu1" in note.why for note in found.notes) is waits
