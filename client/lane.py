@@ -47,7 +47,7 @@ class Lane:
     _on_close: Callable[[], None] | None = None  # set as long as there is something to close
 
     def __init__(self, context: zmq.Context[Socket], address: str, on_close: Callable[[], None]) -> None:
-        """`on_close` is called once when its sockets are closed, in any thread."""
+        """`on_close` is called when its sockets are closed, in any thread; once, or again if it was interrupted."""
         self._socket, self._watch = connect_dealer(context, address, CLIENT_QUEUE)
         self._calls = Calls(address)
         self._finished: list[Call] = []  # ended outside of `_wait`, which hands them out
@@ -59,17 +59,19 @@ class Lane:
         self._on_close = on_close
 
     def close(self) -> None:
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
+        if self._on_close is None:
+            return
+        if not self._socket.closed:  # or it was interrupted here before
             self._socket.disable_monitor()
             self._watch.close(linger=0)
             self._socket.close()
-            on_close()
+        self._on_close()
+        self._on_close = None
 
     def __del__(self) -> None:
         # A KeyboardInterrupt may come between any two instructions, those of a `finally` too: no code can promise to give a lane back.
-        # In a forked child the sockets are the parent's, and a context that was destroyed has closed them.
-        if self._on_close is not None and os.getpid() == self._pid and not self._socket.closed:
+        # In a forked child the sockets are the parent's.
+        if self._on_close is not None and os.getpid() == self._pid:
             self.close()
 
     # -- asking ----------------------------------------------------------------------------------------------------------

@@ -77,20 +77,22 @@ class Host:
         self._open: set[object] = (
             set()
         )  # a token for each lane, and subscriptions; the context can end when there are none
+        self._ending, self._destroying = threading.RLock(), False
         self._closed = False
         self._events: set[Events] = set()
 
     def close(self) -> None:
-        """End all subscriptions and idle connections. A request of another thread still gets its answer; its connection ends with it."""
+        """End all subscriptions and idle connections. A request of another thread still gets its answer; its connection ends with it.
+
+        It can be repeated, also after an interruption.
+        """
         with self._lock:
-            unused = not self._closed and not self._open
             self._closed = True
             events = tuple(self._events)
         for subscription in events:
             subscription.close()
         self._close_idle()
-        if unused:
-            self._end_context()
+        self._end_if_unused()
 
     def __enter__(self) -> Self:
         return self
@@ -287,10 +289,21 @@ class Host:
         """Once or more; an interruption may come after the first time."""
         with self._lock:
             self._open.discard(token)
-            last = self._closed and not self._open
-        if last:
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        """Once or more too."""
+        with self._lock:
+            unused = self._closed and not self._open
+        if unused:
             self._end_context()
 
     def _end_context(self) -> None:
         """Nobody uses it any more. Not `term`: that waits without end for a socket that an interruption left half made."""
-        self._context.destroy(linger=0)
+        with self._ending:
+            if not self._destroying:  # else a lost lane was collected meanwhile, and closed itself
+                try:
+                    self._destroying = True
+                    self._context.destroy(linger=0)
+                finally:
+                    self._destroying = False

@@ -81,6 +81,8 @@ def _found(values: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
     while pending:
         each = pending.pop()
         pending += [value for value in each.values() if isinstance(value, dict)]
+        if each.get("type") == "unix" and isinstance(each.get("path"), str):
+            yield each["path"]  # the socket of a server of disks
         if each.get("driver", "") in _LOCAL_DRIVERS or "filename" not in each:
             yield from (each[key] for key in keys if isinstance(each.get(key), str))
 

@@ -28,6 +28,8 @@ NAT_NETWORK: Final = "default"
 _SLOTS: Final = ("pci", "ccw", "virtio-mmio")  # kinds of addresses that a virtio device can have
 _USB_MODEL: Final = "usb-net"
 _WITHOUT_SLOT: Final = ("spapr-vlan", "ne2k_isa")  # models on buses that nothing is plugged into by a slot
+# Where libvirt gives a card without a model this one.
+_VIRTIO_BY_DEFAULT: Final = ("aarch64", "armv6l", "armv7l", "loongarch64", "riscv32", "riscv64", "s390", "s390x")
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HEXADECIMAL: Final = re.compile(r"0x[0-9A-Fa-f]{1,16}")
 _MAC: Final = re.compile(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}")
@@ -158,7 +160,7 @@ def _model(root: Element, interface: Element, name: str, notes: list[Note]) -> s
         return chosen
     kind = root.find("os/type")
     arch = kind.get("arch", "x86_64") if kind is not None else "x86_64"
-    default = "rtl8139" if arch in ("x86_64", "i686") else "virtio"
+    default = "virtio" if arch in _VIRTIO_BY_DEFAULT else "rtl8139"
     notes.append(changed(f"{name} model", f"none is named; {default}, as libvirt chooses"))
     return default
 
@@ -189,7 +191,7 @@ def _extra(root: Element, interface: Element, at: int, model: str) -> dict[str, 
     if acpi is not None and _number(acpi.get("index", "")):
         extra["acpi-index"] = int(acpi.get("index", ""))
     if address is not None and address.get("type") == "spapr-vio" and _HEXADECIMAL.fullmatch(address.get("reg", "")):
-        extra["reg"] = address.get("reg")
+        extra["reg"] = int(address.get("reg", ""), 16)
     return extra
 
 
@@ -233,7 +235,9 @@ def _backend(interface: Element, name: str, at: int, notes: list[Note]) -> tuple
         return _tap(interface, name, net, notes), None
     if kind == "vhostuser" and given.get("path"):
         socket = {"backend": "socket", "id": f"charnet{at}", "path": given["path"]}
-        socket |= {"server": "on", "wait": "off"} if given.get("mode") == "server" else {}
+        if given.get("mode") == "server":
+            socket |= {"server": "on", "wait": "off"}
+            notes.append(warning(name, f"QEMU does not begin before a switch has connected to {given['path'][:120]}"))
         return _netdev("vhost-user", net, chardev=f"charnet{at}"), Properties(socket, implied=True)
     if kind == "vdpa" and given.get("dev"):
         return _netdev("vhost-vdpa", net, vhostdev=given["dev"]), None

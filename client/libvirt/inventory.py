@@ -162,6 +162,10 @@ def _processors(root: Element) -> Iterator[Note]:
     vcpu = root.find("vcpu")
     if vcpu is not None and vcpu.get("cpuset"):
         yield left_out("vcpu cpuset", "pinning was a cgroup's: set AllowedCPUs of the service's slice")
+    if any(each is not None and each.get("placement") == "auto" for each in (vcpu, root.find("numatune/memory"))):
+        yield left_out(
+            "placement auto", "libvirt asked numad where to run it: choose CPUs and nodes for the service's slice"
+        )
     if any(each.get("hotpluggable") == "yes" and each.get("enabled") == "yes" for each in root.findall("vcpus/vcpu")):
         yield left_out(
             "vcpus", "those that can be unplugged were added by libvirt after the start: vmloop qmp NAME device_add"

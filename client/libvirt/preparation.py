@@ -72,6 +72,11 @@ def _take_out(root: Element) -> None:
     vcpu = root.find("vcpu")
     if vcpu is not None:
         vcpu.attrib.pop("cpuset", None)
+        vcpu.attrib.pop("placement", None)  # auto: libvirt asks numad when it starts the domain, and refuses before
+    for numatune in root.findall("numatune"):
+        for memory in numatune.findall("memory"):
+            if memory.get("placement") == "auto":
+                numatune.remove(memory)
 
 
 def _take_out_devices(root: Element) -> list[Note]:

@@ -46,6 +46,7 @@ _REFERENCES: Final = (
     "tpmdev",
     "fsdev",
 )  # keys that name another option's id, without which the device is none
+_FIRST_CID: Final = 3  # 0 to 2 are the host's
 _MOVED: Final = "it was in a directory of libvirt's: QEMU listens on {} in the VM's own (state/vms/NAME)"
 
 
@@ -81,6 +82,7 @@ class Takeover:
             for each, properties in self._with_properties("-device")
         ]
         self._move_files()
+        self._choose_cid()
         self._open_sandbox()
         self._tell_what_is_left()
         return self._options
@@ -260,6 +262,17 @@ class Takeover:
                 kept.append(Option(option.name, properties.replaced(**{key: path}).render()))
             else:
                 kept.append(option)
+        self._options = kept
+
+    def _choose_cid(self) -> None:
+        """libvirt gives a vsock that has none a number at each start; in the arguments it has 0, with which QEMU does not start."""
+        kept = []
+        for option, properties in self._with_properties("-device"):
+            if properties.text("driver").startswith("vhost-vsock") and properties.values.get("guest-cid") in (0, "0"):
+                why = f"libvirt chose a free one at each start: guest-cid={_FIRST_CID}, change it for a second VM"
+                self.notes.append(changed(f"-device {properties.text('id')} cid", why))
+                option = Option(option.name, properties.replaced(guest_cid=_FIRST_CID).render())
+            kept.append(option)
         self._options = kept
 
     def _open_sandbox(self) -> None:

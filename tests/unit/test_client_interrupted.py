@@ -108,3 +108,25 @@ def test_a_host_is_closed_while_the_interruption_is_on_its_way(broker: NativeBro
         interrupted = interruption.struck
         instruction += 1
     assert instruction > 300
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings(
+    "ignore:.*Lane.__del__:pytest.PytestUnraisableExceptionWarning"
+)  # Python drops what comes there
+def test_a_close_may_be_interrupted_anywhere_and_repeated(broker: NativeBroker) -> None:
+    instruction, interrupted = 1, True
+    while interrupted:
+        host = connect(broker.endpoint)
+        host.ping()
+        interruption = Interruption(instruction)
+        try:
+            with interruption:
+                host.close()
+        except KeyboardInterrupt:
+            assert interruption.struck
+        interrupted = interruption.struck
+        host.close()
+        assert host._context.closed, f"interrupted at instruction {instruction}"
+        instruction += 1
+    assert instruction > 50

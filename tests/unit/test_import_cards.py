@@ -47,7 +47,7 @@ def test_a_card_on_usb_takes_the_port_of_a_mouse() -> None:
 @pytest.mark.parametrize(
     ("model", "address", "extra"),
     [
-        ("spapr-vlan", "<address type='spapr-vio' reg='0x1000'/>", ',"reg":"0x1000"'),
+        ("spapr-vlan", "<address type='spapr-vio' reg='0x1000'/>", ',"reg":4096'),
         ("spapr-vlan", "", ""),
         ("ne2k_isa", "<address type='isa'/>", ""),
     ],
@@ -70,3 +70,26 @@ def test_only_a_virtio_card_can_tell_its_guest_the_mtu(model: str, told: bool) -
     found, _ = imported(f"<model type='{model}'/><mtu size='1450'/>", f"-device {slot}")
     assert ("host_mtu=1450" in found.definition.qemu.args[-1]) is told
     assert "bus=pci.0,addr=0x3" in found.definition.qemu.args[-1]
+
+
+@pytest.mark.parametrize(
+    ("arch", "model"),
+    [("x86_64", "rtl8139"), ("i686", "rtl8139"), ("ppc64le", "rtl8139"), ("aarch64", "virtio-net-pci")],
+)
+def test_a_card_without_a_model_is_the_one_that_libvirt_gives_on_that_architecture(arch: str, model: str) -> None:
+    slot = "virtio-rng-pci,id=ua-vmloop-net0,rng=objua-vmloop-net0,bus=pci.0,addr=0x3"
+    text = f"<domain type='qemu'><name>a</name><os><type arch='{arch}'>hvm</type></os><devices><interface type='user'/></devices></domain>"
+    found = import_domain(
+        text.encode(), "x", lambda _: Translated(f"/bin/qemu -device {slot}", ""), exists=lambda _: True
+    )
+    assert found.definition.qemu.args[-1].startswith(f"{model},")
+
+
+@pytest.mark.parametrize(("mode", "waits"), [("server", True), ("client", False)])
+def test_a_vhost_user_card_that_waits_for_its_switch_is_told_of(mode: str, waits: bool) -> None:
+    text = (
+        "<domain type='qemu'><name>a</name><devices><interface type='vhostuser'>"
+        f"<source type='unix' path='/srv/vhu1' mode='{mode}'/><model type='virtio'/></interface></devices></domain>"
+    )
+    found = import_domain(text.encode(), "x", lambda _: Translated("/bin/qemu", ""), exists=lambda _: True)
+    assert any("before a switch has connected to /srv/vhu1" in note.why for note in found.notes) is waits

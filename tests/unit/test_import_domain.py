@@ -226,6 +226,12 @@ def test_a_path_that_is_not_there_is_warned_of_and_one_that_is_is_not() -> None:
             "-blockdev /no/disk: is not there",
         ),
         ('-blockdev \'{"driver":"gluster","filename":"vol/disk"}\'', ""),
+        (
+            '-blockdev \'{"driver":"nbd","server":{"type":"unix","path":"/no/nbd.sock"}}\'',
+            "-blockdev /no/nbd.sock: is not there",
+        ),
+        ('-blockdev \'{"driver":"nbd","server":{"type":"unix","path":"/there"}}\'', ""),
+        ('-blockdev \'{"driver":"nbd","server":{"type":"inet","host":"a","port":"1"}}\'', ""),
         ("-blockdev driver=host_device,filename=/dev/nosuch", "-blockdev /dev/nosuch: is not there"),
         ("-chardev file,id=a,path=/no/log", "the directory of -chardev /no: is not there"),
         ("-chardev file,id=a,path=log", ""),

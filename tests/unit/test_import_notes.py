@@ -34,6 +34,7 @@ def prepared(inner: str) -> tuple[Element, dict[str, str]]:
     [
         ("<memoryBacking><locked/></memoryBacking>", "memoryBacking locked", "LimitMEMLOCK="),
         ("<cpu mode='host-model'/>", "cpu host-model", "at each start"),
+        ("<vcpu placement='auto'>2</vcpu>", "placement auto", "numad"),
         ("<devices><hostdev type='mdev'/></devices>", "hostdev 1", "mdevctl"),
         ("<devices><hostdev type='pci'/></devices>", "hostdev 1", "vfio-pci"),
         ("<devices><hostdev type='usb'/></devices>", "hostdev 1", "/dev/bus/usb"),
@@ -54,6 +55,7 @@ def test_what_libvirt_did_for_it_is_told(inner: str, what: str, word: str) -> No
     [
         "<memoryBacking><nosharepages/></memoryBacking>",
         "<cpu mode='host-passthrough'/>",
+        "<vcpu placement='static'>2</vcpu>",
         "<devices><disk type='file'><target dev='vda'/></disk></devices>",
         "<devices><serial type='file'/><graphics type='vnc' port='5901'/></devices>",
     ],
@@ -89,6 +91,15 @@ def test_what_a_helper_served_is_told_with_the_arguments_that_take_its_place() -
     assert "-tpmdev passthrough,id=tpm0,path=/dev/tpm0 -device tpm-tis,tpmdev=tpm0" in found["tpm tpm-tis"]
     assert "/srv/a" in found["filesystem share"]
     assert "tag=share" in found["filesystem share"]
+
+
+def test_libvirt_need_not_ask_numad() -> None:
+    given, _ = prepared(
+        "<vcpu placement='auto' current='1'>2</vcpu>"
+        "<numatune><memory mode='strict' placement='auto'/><memnode cellid='0' nodeset='0'/></numatune>"
+    )
+    assert given.find("vcpu").attrib == {"current": "1"}  # type: ignore[union-attr]
+    assert [each.tag for each in given.findall("numatune/*")] == ["memnode"]
 
 
 def test_firmware_that_is_named_and_chosen_is_only_named() -> None:

@@ -134,3 +134,17 @@ def test_variables_of_firmware_get_a_lasting_place_whatever_their_format(ending:
     path = f"/var/lib/libvirt/qemu/nvram/old_VARS.{ending}"
     assert args(found) == f"-blockdev driver=file,filename={path},node-name=v"
     assert path in notes(found, Kind.CHANGED)["os nvram"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "told"),
+    [
+        ("vhost-vsock-pci,id=v,guest-cid=0,bus=pci.0", "vhost-vsock-pci,id=v,guest-cid=3,bus=pci.0", True),
+        ('\'{"driver":"vhost-vsock-pci","guest-cid":0}\'', '{"driver":"vhost-vsock-pci","guest-cid":3}', True),
+        ("vhost-vsock-pci,id=v,guest-cid=7", "vhost-vsock-pci,id=v,guest-cid=7", False),
+    ],
+)
+def test_a_vsock_whose_number_libvirt_chose_at_each_start_has_one(given: str, kept: str, told: bool) -> None:
+    found = made(f"-device {given}")
+    assert args(found) == f"-device {kept}"
+    assert bool(notes(found, Kind.CHANGED)) is told
