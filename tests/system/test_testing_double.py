@@ -245,8 +245,8 @@ def test_a_broker_that_is_killed_on_purpose_has_a_successor(broker: PrivateBroke
     before = simulated_vm.vm.show().pid
     broker.kill()
     broker.start()
+    assert simulated_vm.vm.qmp("query-status")["running"] is True  # waits for the VM's worker
     assert simulated_vm.vm.show().pid == before
-    assert simulated_vm.vm.qmp("query-status")["running"] is True
 
 
 def test_what_a_killed_broker_leaves_is_ended_all_the_same() -> None:
