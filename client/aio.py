@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import BadRequest, OutcomeUnknown
 from ..common.names import vm_name
-from ..common.sockets import CLIENT_QUEUE, connect_dealer, connect_subscriber, edge_fd
+from ..common.sockets import CLIENT_QUEUE, ClientContext, connect_dealer, connect_subscriber, edge_fd
 from . import requests
 from .aio_events import Events
 from .aio_vm import Vm
@@ -113,27 +114,38 @@ class Host:
         self._endpoint = endpoint
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._context: zmq.Context[Socket] = zmq.Context()
+        self._context: zmq.Context[Socket] = ClientContext()
         self._socket, self._watch = connect_dealer(self._context, endpoint.client_address, CLIENT_QUEUE)
         self._calls = Calls(endpoint.client_address)
         self._wakers: dict[Call, asyncio.Future[None]] = {}
         self._away = False  # as in lane.py
         self._closed = False
+        self._ending, self._ended = threading.Lock(), False  # the context
         self._tick: asyncio.TimerHandle | None = None
         self._events: set[Events] = set()
         for socket in (self._socket, self._watch):
             self._loop.add_reader(edge_fd(socket), self._service)
 
     async def close(self) -> None:
-        """End everything: subscriptions end, requests in flight raise `OutcomeUnknown`."""
-        if self._closed:
-            return
+        """End everything: subscriptions end, requests in flight raise `OutcomeUnknown`.
+
+        It can be repeated; if its task is cancelled it goes on without it. On another loop it is possible once this one's loop is closed.
+        """
+        self._require_closable()
         self._closed = True
         for events in tuple(self._events):
             await events.close()
+        if not self._socket.closed:
+            self._close_sockets()
+        if not self._ended:
+            # Waits for what was just sent to leave (LINGER), so not on the loop.
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._end_context))
+
+    def _close_sockets(self) -> None:
         for call, waker in tuple(self._wakers.items()):
             call.finish(None, OutcomeUnknown(f"the connection was closed before {call.describe()} was answered"))
-            _wake(waker)
+            if self._is_at_home:
+                _wake(waker)
         if self._tick is not None:
             self._tick.cancel()
         for socket in (self._socket, self._watch):
@@ -141,8 +153,12 @@ class Host:
         self._socket.disable_monitor()
         self._watch.close(linger=0)
         self._socket.close()
-        # Waits for what was just sent to leave (LINGER), so not on the loop.
-        await self._loop.run_in_executor(None, self._context.term)
+
+    def _end_context(self) -> None:
+        """In a thread; a second close waits for the first. As in session.py not `term`."""
+        with self._ending:
+            self._context.destroy()
+        self._ended = True
 
     async def __aenter__(self) -> Self:
         return self
@@ -275,8 +291,7 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def _in_flight(self, call: Call) -> AsyncIterator[None]:
-        if self._closed:
-            raise BadRequest("this connection to the broker has been closed")
+        self._require_usable()
         self._wakers[call] = self._loop.create_future()
         timer = self._loop.call_later(call.due - call.asked, self._overdue)
         try:
@@ -287,6 +302,21 @@ class Host:
             timer.cancel()
             self._wakers.pop(call, None)
             self._calls.forget(call)
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise BadRequest("this connection to the broker has been closed")
+        if not self._is_at_home:
+            raise BadRequest("this connection to the broker belongs to another event loop; connect in this one")
+
+    def _require_closable(self) -> None:
+        if not self._is_at_home and not self._loop.is_closed():
+            raise BadRequest("this connection to the broker belongs to another event loop, which is to close it")
+
+    @property
+    def _is_at_home(self) -> bool:
+        """Whether the caller runs on the loop that this connection belongs to."""
+        return asyncio.get_running_loop() is self._loop
 
     async def _progress(self, call: Call) -> None:
         """Wait until something has happened to the call."""
@@ -309,9 +339,9 @@ class Host:
 
     def _on_tick(self) -> None:
         self._tick = None
-        self._service()
         if self._wakers:
             self._start_tick()
+        self._service()
 
     # -- the sockets -----------------------------------------------------------------------------------------------------
 
@@ -366,8 +396,7 @@ class Host:
 
     def open_subscription(self, events: Events, topics: builtins.list[bytes]) -> Socket:
         """Called by `Events` when it begins."""
-        if self._closed:
-            raise BadRequest("this connection to the broker has been closed")
+        self._require_usable()
         self._events.add(events)
         return connect_subscriber(self._context, self._endpoint.events_address, topics)
 

@@ -39,6 +39,7 @@ class EmbeddedHost(Host):
         """
         if os.getpid() != self._owner:
             return  # as embedding.EmbeddedHost.close
+        self._require_closable()
         try:
             await super().close()
         finally:

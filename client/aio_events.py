@@ -62,6 +62,7 @@ class Events(AsyncIterator[Event]):
         self._socket: Socket | None = None
         self._watch: Socket | None = None
         self._readable = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._live: set[str] = set()
         self._closed = False
         self._check_delay = FIRST_CHECK
@@ -97,7 +98,8 @@ class Events(AsyncIterator[Event]):
     async def close(self) -> None:
         """End the stream; a task that waits in it ends at once."""
         self._closed = True
-        self._readable.set()
+        if self._loop in (None, asyncio.get_running_loop()):  # else its loop is closed, and nobody waits
+            self._readable.set()
         if self._socket is None or self._watch is None:
             return
         loop = asyncio.get_running_loop()
@@ -116,7 +118,7 @@ class Events(AsyncIterator[Event]):
             return
         self._socket = self._host.open_subscription(self, topics_of(self._names))
         self._watch = watch_connection(self._socket)
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for socket in (self._socket, self._watch):
             loop.add_reader(edge_fd(socket), self._readable.set)
         try:
@@ -181,6 +183,9 @@ class Events(AsyncIterator[Event]):
         except VmloopError as error:
             log.info("the broker could not be asked how far the VMs are: %s", error)
             return
+        except BaseException:
+            self._stream.check_wanted = True  # cancelled: whoever waits next asks again
+            raise
         self._receive()  # often it is just this that the broker knows and the stream does not yet
         self._stream.known(known)
 

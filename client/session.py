@@ -24,7 +24,7 @@ from ..common.capabilities import Capabilities
 from ..common.cursor import Cursor
 from ..common.errors import BadRequest, Busy, VmloopError
 from ..common.names import vm_name
-from ..common.sockets import connect_subscriber
+from ..common.sockets import ClientContext, connect_subscriber
 from . import requests
 from .calls import DEFAULT_TIMEOUT, Answer
 from .endpoint import Endpoint, find_endpoint, wait_until_listening
@@ -70,7 +70,7 @@ class Host:
         """Made by `connect`."""
         self._endpoint = endpoint
         self._timeout = timeout
-        self._context: zmq.Context[Socket] = zmq.Context()
+        self._context: zmq.Context[Socket] = ClientContext()
         self._idle: builtins.list[Lane] = []
         # Guards the two below; never held while anything waits. Reentrant, for a lost lane is closed wherever its last reference goes.
         self._lock = threading.RLock()

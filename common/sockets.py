@@ -8,6 +8,10 @@ MANDATORY: a message that cannot be delivered is an error here, not silence. All
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import warnings
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +40,26 @@ RECEIVE: Final = int(zmq.NOBLOCK)
 
 RECONNECT_MS: Final = 20
 RECONNECT_MAX_MS: Final = 500
+
+
+class ClientContext(zmq.Context[zmq.Socket[bytes]]):
+    """A context that may be lost without having been ended, by a program that forgets a connection.
+
+    The garbage collector ends a cycle of objects in any order, and pyzmq's context waits for sockets that it does not find any more, though
+    they are about to be closed by the very same pass: for ever. So here a thread of its own does the waiting, for LINGER at most.
+    """
+
+    _made_by = 0  # pyzmq takes an attribute that the class does not have for an option of libzmq's
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made_by = os.getpid()
+
+    def __del__(self) -> None:
+        if self.closed or os.getpid() != self._made_by or sys.is_finalizing():
+            return
+        warnings.warn("a connection to a vmloop broker was not closed", ResourceWarning, source=self, stacklevel=2)
+        threading.Thread(target=self.term, name="end of a lost connection", daemon=True).start()
 
 
 def ipc(path: Path) -> str:

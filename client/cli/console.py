@@ -2,8 +2,11 @@
 """A guest's serial console on this program's standard input and output; for `vmloop run --console`. Driven by foreground.py.
 
 On a terminal it is raw: what is typed goes to the guest as it is, until Ctrl-] leaves the console. Ctrl-C stays this program's unless it
-is wanted for the guest. Nothing here waits: `interests` says for what to wait, `turn` does what is possible, and each direction has a
-window: who does not read makes the other end wait.
+is wanted for the guest. A job in the background shows what the guest says and takes nothing from the terminal: whoever reads there, or
+changes its ways, is stopped by the kernel.
+
+Nothing here waits: `interests` says for what to wait, `turn` does what is possible, and each direction has a window: who does not read
+makes the other end wait.
 """
 
 from __future__ import annotations
@@ -52,8 +55,11 @@ class Console:
 
     # -- start, run, stop ---------------------------------------------------------------------------------------------------
 
-    def open(self, path: Path) -> None:
-        """Connect to the guest's port and take the terminal. `LaunchFailed` if QEMU has no such port."""
+    def open(self, path: Path) -> bool:
+        """Connect to the guest's port and take the terminal. `LaunchFailed` if QEMU has no such port.
+
+        False if the terminal was not to be had, for this is a job in the background.
+        """
         guest = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             guest.connect(os.fspath(path))
@@ -66,8 +72,12 @@ class Console:
         self._output = _own_description(sys.stdout.fileno()) if sys.stdout is not None else None
         self._input = sys.stdin.fileno() if sys.stdin is not None else None
         if self._input is not None and os.isatty(self._input):
+            if _in_background(self._input):
+                self._input = None
+                return False
             self._terminal = self._input, termios.tcgetattr(self._input)
             self._make_raw(*self._terminal)
+        return True
 
     def interests(self) -> dict[int, int]:
         """fd → events of poll(2) that something can be done about."""
@@ -97,7 +107,8 @@ class Console:
         if self._terminal is not None:
             fd, before = self._terminal
             with contextlib.suppress(termios.error):  # it has been closed
-                termios.tcsetattr(fd, termios.TCSANOW, before)
+                if not _in_background(fd):  # else its shell has set it for whoever is in front
+                    termios.tcsetattr(fd, termios.TCSANOW, before)
         self._terminal, self._input, self.raw = None, None, False
 
     def close(self) -> None:
@@ -202,6 +213,14 @@ def console_arguments(path: Path) -> list[str]:
     """What QEMU is given for the console: a serial port of the guest's on a socket."""
     escaped = os.fspath(path).replace(",", ",,")
     return ["-chardev", f"socket,id={CONSOLE_ID},path={escaped},server=on,wait=off", "-serial", f"chardev:{CONSOLE_ID}"]
+
+
+def _in_background(fd: int) -> bool:
+    """Whether others have the terminal at present."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # it is not the one that controls this process, which nobody stops then; or it is gone
+        return False
 
 
 def _own_description(fd: int) -> int:

@@ -183,7 +183,8 @@ class Foreground:
         self._came_up = True
         if self._console is not None and self._console_path is not None:
             try:
-                self._console.open(self._console_path)
+                if not self._console.open(self._console_path):
+                    self._say("in the background: what the guest says is shown, and nothing is typed to it")
             except VmloopError as failure:
                 self._failure = failure
                 return
@@ -211,11 +212,17 @@ class Foreground:
         elif not self._kills:
             self._kills = True
             self._say(f"asking the guest to power down; in {self._stop_timeout:g} s the VM is killed")
-            self._ask(lambda: self._vm.stop(timeout=self._stop_timeout, force=True), self._on_stopped)
+            self._ask(lambda: self._vm.stop(timeout=self._stop_timeout, force=True), self._on_forced)
 
     def _kill(self) -> None:
         self._say("killing the VM")
         self._ask(self._vm.kill, self._on_stopped)
+
+    def _on_forced(self, error: VmloopError | None) -> None:
+        """It was to be killed at its time by who was asked to stop it; if that went wrong it is killed now: nobody may be at a keyboard."""
+        if error is not None and not isinstance(error, _ABOUT_ITS_END) and self._end is None:
+            self._say(f"{error.code}: {error}")
+            self._kill()
 
     def _on_stopped(self, error: VmloopError | None) -> None:
         """Its end is told by its events; here is only what goes wrong."""

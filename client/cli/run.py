@@ -111,8 +111,7 @@ def _of_file(file: str) -> dict[str, Any]:
 
 
 def _of_arguments(arguments: list[str]) -> dict[str, Any]:
-    # A guest that has panicked is not kept: nobody would look at it, and the command would never end.
-    return {"name": DEFAULT_NAME, "qemu": {"args": arguments}, "handlers": {"on_crash": "destroy"}}
+    return {"name": DEFAULT_NAME, "qemu": {"args": arguments}}
 
 
 def _quoted(text: str) -> str:
@@ -152,6 +151,9 @@ def _run(
         def on_event(event: Event) -> None:
             if event.event == "VM_STATE":
                 notifier.status(f"{event.data.get('new')} ({event.data.get('reason')})")
+                if event.data.get("new") == "crashed" and definition.handlers.on_crash in ("preserve", "dump"):
+                    kept = f'on_crash = "{definition.handlers.on_crash}" keeps the VM'
+                    say(f"the guest has panicked, and {kept}; Ctrl-C twice kills it")
             if shows_events:
                 _say_line(_event_line(event, invocation.json), console)
 
@@ -194,6 +196,10 @@ def _definition(values: dict[str, Any], origin: str, console_root: Path | None) 
     from ...common.definition import SIMULATED, definition_from_mapping
     from .console import CONSOLE_ID, console_arguments
 
+    handlers = values.setdefault("handlers", {})
+    if isinstance(handlers, dict):
+        # Unless it is asked for, a guest that has panicked is not kept: nobody would look at it, and the command would never end.
+        handlers.setdefault("on_crash", "destroy")
     qemu = values.setdefault("qemu", {})
     if isinstance(qemu, dict):
         qemu.setdefault("directory", os.getcwd())  # relative paths mean what they mean in the shell

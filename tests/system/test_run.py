@@ -170,6 +170,23 @@ def test_a_guest_that_panics_ends_the_run_and_says_so(place: Path) -> None:
     assert "its guest had panicked" in err
 
 
+def test_a_guest_that_panics_is_kept_where_its_definition_says_so_and_that_is_told(place: Path) -> None:
+    root = place / "kept"
+    (place / "web.toml").write_text(
+        'name = "vm"\n[qemu]\nbinary = "simulated"\nargs = ["-simulate", "ignore_powerdown"]\n[handlers]\non_crash = "preserve"\n'
+    )
+    run = Run(place, "web.toml", "--events", root=root)
+    run.see('"new": "running"')
+    with connect(root=root) as host:
+        host.vm("vm").qmp("x-simulate", {"panic": True})
+        run.see('on_crash = "preserve" keeps the VM')
+        assert host.vm("vm").show().state == "crashed"
+    run.process.send_signal(signal.SIGINT)
+    run.see("Ctrl-C once more kills")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 11
+
+
 def test_a_qemu_that_dies_ends_the_run_as_crashed(place: Path) -> None:
     root = place / "kept"
     run = Run(place, *SIMULATED, "--events", "--", root=root)

@@ -208,3 +208,31 @@ def test_a_terminal_is_given_back_also_after_sigint_to_a_program_that_ends_by_it
 
 def test_commas_in_a_path_are_qemus_own() -> None:
     assert console_arguments(Path("/a,b/c"))[1] == "socket,id=vmloop-console,path=/a,,b/c,server=on,wait=off"
+
+
+# Runs a program as a shell's background job, and tells what became of it.
+BACKGROUND: Final = """
+import os, signal, sys
+job = os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+status = os.waitpid(job, os.WUNTRACED)[1]
+if os.WIFSTOPPED(status):
+    os.kill(job, signal.SIGKILL)
+print("STOPPED" if os.WIFSTOPPED(status) else "ENDED", flush=True)
+"""
+
+
+def test_in_the_background_it_shows_what_the_guest_says_and_is_not_stopped(guest: Guest) -> None:
+    program = [sys.executable, "-c", PROGRAM, os.fspath(guest.path)]
+    with Terminal([sys.executable, "-c", BACKGROUND, *program], guest.path.parent, os.environ) as at:
+        at.see(b"OPEN")
+        guest.accept()
+        guest.end.sendall(b"hello from the guest")
+        at.see(b"hello from the guest")
+        assert not at.is_raw
+        at.type(b"for the shell\r")
+        guest.end.close()
+        at.see(b"ENDED")
+        assert at.attributes() == at.before

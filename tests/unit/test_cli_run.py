@@ -69,3 +69,9 @@ def test_a_definition_that_is_none_is_told_as_everywhere() -> None:
         _definition(values(arg=[]), "the command line", None)
     with pytest.raises(ConfigError, match="the command line"):
         _definition({"name": "vm", "qemu": 5}, "the command line", None)
+
+
+@pytest.mark.parametrize(("said", "meant"), [({}, "destroy"), ({"on_crash": "preserve"}, "preserve")])
+def test_a_guest_that_panics_is_kept_only_if_the_definition_says_so(said: dict[str, Any], meant: str) -> None:
+    assert _definition(values() | {"handlers": said}, "x", None).handlers.on_crash == meant
+    assert _definition(values(), "x", None).handlers.on_crash == "destroy"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from vmloop.client import aio
 from vmloop.client import vm as blocking_vm
+from vmloop.client.aio_events import Events
 from vmloop.client.aio_vm import Vm
 from vmloop.client.session import Host as BlockingHost
-from vmloop.client.stream import EVENTS_LOST
+from vmloop.client.stream import EVENTS_LOST, MAX_CHECK
 from vmloop.common.cursor import Cursor
 from vmloop.common.errors import BadRequest, DeadlineExceeded, Internal, NoBroker, NoSuchVm, OutcomeUnknown
 
@@ -222,3 +224,99 @@ def test_no_thread_is_left(broker: NativeBroker) -> None:
     before = threading.active_count()
     run(main())
     assert threading.active_count() <= before
+
+
+def test_a_cancelled_close_goes_on_and_can_be_repeated(broker: NativeBroker) -> None:
+    async def main() -> None:
+        host = await aio.connect(broker.endpoint)
+        await host.ping()
+        go_on = threading.Event()
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as pool:  # its one thread is taken: the close has to wait
+            loop.set_default_executor(pool)
+            taken = loop.run_in_executor(None, go_on.wait, SOON)
+            closing = asyncio.ensure_future(host.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            go_on.set()
+            await taken
+            await asyncio.gather(host.close(), host.close())
+        assert host._context.closed
+
+    run(main())
+
+
+def test_a_connection_belongs_to_one_loop_and_may_be_closed_on_another_when_that_is_closed(
+    broker: NativeBroker,
+) -> None:
+    broker.serve_events("web1", [])
+    first = asyncio.new_event_loop()
+
+    async def begin() -> tuple[aio.Host, Events]:
+        host = await aio.connect(broker.endpoint)
+        await host.ping()
+        events = host.vm("web1").events()
+        await events.__aenter__()
+        return host, events
+
+    host, events = first.run_until_complete(begin())
+
+    async def elsewhere() -> None:
+        for use in (host.ping(), host.vm("web1").events().get(0.1), host.close()):
+            with pytest.raises(BadRequest, match="another event loop"):
+                await use
+
+    run(elsewhere())
+    assert first.run_until_complete(host.ping()) == 2.0
+
+    async def wait() -> None:
+        await events.get(SOON)
+
+    waiting = first.create_task(wait())
+    first.run_until_complete(asyncio.sleep(0))
+    waiting._log_destroy_pending = False  # type: ignore[attr-defined]  # a task that its loop has left behind
+    first.close()
+    run(host.close())
+    assert host._context.closed
+    with pytest.raises(BadRequest, match="closed"):
+        run(host.ping())
+
+
+def test_a_check_that_was_cancelled_is_made_by_the_next_who_waits(broker: NativeBroker) -> None:
+    async def main() -> None:
+        kept = [event_map("web1", 1, 1)]
+        broker.serve_events("web1", kept)
+        async with aio.connect(broker.endpoint) as host, host.vm("web1").events() as events:
+            kept.append(event_map("web1", 1, 2))  # which nobody publishes
+            broker.answer("vmloop", "stats", lambda request: [])
+            events._stream.check_wanted, events._check_delay = True, MAX_CHECK
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await anext(events)
+            broker.serve_events("web1", kept)
+            event = await events.get(MAX_CHECK / 2)
+            assert event is not None, "it is not left to the check of a quiet stream"
+            assert event.cursor == Cursor(1, 2)
+
+    run(main())
+
+
+def test_nothing_is_left_of_a_call_whose_time_is_over_or_whose_task_is_cancelled(broker: NativeBroker) -> None:
+    async def main() -> None:
+        broker.answer("vm/web1", "qmp", lambda request: [])
+        async with aio.connect(broker.endpoint) as host:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await host.vm("web1").qmp("stop")
+                streaming = asyncio.ensure_future(anext(host.call_streaming("vm/web1", "qmp")))
+                await asyncio.sleep(0)
+                streaming.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await streaming
+            assert (host._wakers, bool(host._calls)) == ({}, False)
+            assert await host.ping() == 2.0
+
+    run(main())

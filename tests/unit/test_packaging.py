@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 import vmloop
+from vmloop.broker.ending import SHUTDOWN_SECONDS, STOP_GRACE
+from vmloop.broker.loop import FAREWELL_SECONDS, ZYGOTE_SECONDS
 from vmloop.client.cli.main import vmloop as cli
 
 ROOT = Path(vmloop.__file__).parent
@@ -159,7 +161,8 @@ def test_the_unit_of_one_vm_gives_its_guest_the_time_to_power_down() -> None:
     words = service["ExecStart"].replace("%i", "web1").split()
     root, limit = words[words.index("--root") + 1], float(words[words.index("--stop-timeout") + 1])
     assert Path(root) == Path("/var/lib") / service["StateDirectory"].replace("%i", "web1")
-    assert limit < float(service["TimeoutStopSec"])
+    ending = limit + STOP_GRACE + SHUTDOWN_SECONDS + FAREWELL_SECONDS + 2 * ZYGOTE_SECONDS
+    assert ending < float(service["TimeoutStopSec"])
     assert (service["Type"], service["NotifyAccess"], service["KillMode"]) == ("notify", "main", "mixed")
     with cli.make_context("vmloop", words[1:]) as context:
         command = cli.get_command(context, "run")
