@@ -185,7 +185,10 @@ def _disks(root: Element) -> Iterator[Note]:
         target = disk.find("target")
         name = f"disk {target.get('dev') if target is not None else number}"
         if disk.find("iotune") is not None:
-            yield left_out(f"{name} iotune", "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle")
+            yield left_out(
+                f"{name} iotune",
+                "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle id=… with the qdev of query-block",
+            )
         if disk.get("type") == "nvme":
             yield warning(f"{name} nvme", _VFIO + _LOCKED)
         if disk.find("transient") is not None:
@@ -214,7 +217,8 @@ def _graphics(root: Element) -> Iterator[Note]:
         if graphics.get("passwd"):
             yield left_out(
                 f"{name} passwd",
-                "libvirt set it after each start; until you do nobody gets in: vmloop qmp NAME set_password",
+                "libvirt set it after each start; until you do nobody gets in: "
+                f"vmloop qmp NAME set_password protocol={'spice' if graphics.get('type') == 'spice' else 'vnc'} password=…",
             )
         if graphics.get("autoport") == "yes" or graphics.get("port") == "-1":
             yield changed(
@@ -232,7 +236,11 @@ def _graphics(root: Element) -> Iterator[Note]:
 
 def _balloon(root: Element) -> Iterator[Note]:
     if root.find("devices/memballoon/stats") is not None:
-        yield left_out("memballoon stats", "libvirt set the period after the start: vmloop qmp NAME qom-set")
+        yield left_out(
+            "memballoon stats",
+            "libvirt set the period after the start: vmloop qmp NAME qom-set "
+            "path=/machine/peripheral/balloon0 property=guest-stats-polling-interval value=SECONDS",
+        )
 
 
 _HOST_DEVICES: Final = {

@@ -161,3 +161,19 @@ def test_any_other_usb_device_is_given_to_libvirt_as_it_is(source: str) -> None:
     assert place is not None
     assert fromstring(f"<source>{source}</source>")[0].attrib == place[0].attrib
     assert len(fromstring(f"<source>{source}</source>")) == len(place)
+
+
+@pytest.mark.parametrize(
+    ("inner", "command"),
+    [
+        ("<devices><disk><iotune/></disk></devices>", "block_set_io_throttle id=… with the qdev of query-block"),
+        ("<devices><graphics type='vnc' passwd='x'/></devices>", "set_password protocol=vnc password=…"),
+        ("<devices><graphics type='spice' passwd='x'/></devices>", "set_password protocol=spice password=…"),
+        (
+            "<devices><memballoon><stats period='5'/></memballoon></devices>",
+            "qom-set path=/machine/peripheral/balloon0 property=guest-stats-polling-interval value=SECONDS",
+        ),
+    ],
+)
+def test_what_libvirt_set_through_the_monitor_is_told_with_the_command_that_sets_it(inner: str, command: str) -> None:
+    assert [why.endswith(f"vmloop qmp NAME {command}") for why in told_of(inner).values()] == [True]
