@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 from xml.etree.ElementTree import Element
 
-from .domain_xml import QEMU_NAMESPACE, children
+from .domain_xml import QEMU_NAMESPACE, children, size_in_bytes
 from .notes import Note, changed, left_out, warning
 
 _CGROUP: Final = "libvirt put this into a cgroup; give the units of vmloop a slice, or set it by systemd-run"
@@ -101,12 +101,6 @@ _DEVICES: Final[dict[str, str | None]] = dict.fromkeys(
     )
 ) | {"lease": "vmloop has no lock manager"}
 
-_UNITS: Final = {"b": 1, "bytes": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40} | {
-    f"{letter}{ending}": factor
-    for power, letter in enumerate("kmgt", 1)
-    for ending, factor in (("b", 1000**power), ("ib", 1024**power))
-}
-
 
 def notes_of_domain(root: Element) -> list[Note]:
     """All that the arguments cannot say, but for the network cards (interfaces.py) and what preparation.py takes out."""
@@ -147,9 +141,7 @@ def _memory(root: Element) -> Iterator[Note]:
 
 
 def _bytes(element: Element) -> int | None:
-    factor = _UNITS.get(element.get("unit", "KiB").lower())
-    text = (element.text or "").strip()
-    return int(text) * factor if factor is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
+    return size_in_bytes(element.text or "", element.get("unit", "KiB"))
 
 
 def _processors(root: Element) -> Iterator[Note]:

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element, SubElement
 import msgspec
 
 from .domain_xml import child_text, domain_bytes
+from .huge_pages import ask_for_a_file
 from .interfaces import Card, add_placeholder, cards_of
 from .notes import Note, left_out
 from .usb_devices import Wanted, put_stand_ins
@@ -28,6 +29,7 @@ class Prepared(msgspec.Struct, frozen=True):
     xml: bytes
     cards: list[Card]
     usb: Wanted
+    huge_pages: int | None  # their size, as huge_pages.py has it
     notes: list[Note]
 
 
@@ -37,6 +39,7 @@ def prepare(original: Element, name: str) -> Prepared:
     cards, notes = cards_of(root)
     usb, of_usb = put_stand_ins(root)
     notes += of_usb
+    huge_pages = ask_for_a_file(root)
     _rename(root, name)
     _name_firmware_once(root)
     _take_out(root)
@@ -44,7 +47,7 @@ def prepare(original: Element, name: str) -> Prepared:
     for device in root.findall("devices/hostdev"):
         _name_driver(device)
     _put_placeholders(root, cards)
-    return Prepared(domain_bytes(root), cards, usb, notes)
+    return Prepared(domain_bytes(root), cards, usb, huge_pages, notes)
 
 
 def _rename(root: Element, name: str) -> None:
