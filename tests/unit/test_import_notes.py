@@ -102,6 +102,18 @@ def test_libvirt_need_not_ask_numad() -> None:
     assert [each.tag for each in given.findall("numatune/*")] == ["memnode"]
 
 
+def test_a_helper_that_the_operator_runs_is_not_taken_for_libvirts() -> None:
+    given, found = prepared(
+        "<devices><tpm model='tpm-crb'><backend type='external'><source path='/srv/tpm.sock'/></backend></tpm>"
+        "<filesystem><driver type='virtiofs'/><source socket='/srv/fs.sock'/><target dir='share'/></filesystem></devices>"
+    )
+    assert given.findall("devices/*") == []
+    assert "path=/srv/tpm.sock" in found["tpm tpm-crb"]
+    assert "as an fd" not in found["tpm tpm-crb"]
+    assert "path=/srv/fs.sock" in found["filesystem share"]
+    assert "virtiofsd" not in found["filesystem share"]
+
+
 def test_firmware_that_is_named_and_chosen_is_only_named() -> None:
     given, _ = prepared(
         "<os firmware='efi'><firmware><feature name='secure-boot' enabled='no'/></firmware>"
