@@ -115,9 +115,11 @@ def _tpm(device: Element, root: Element) -> str | None:
             f"libvirt ran swtpm for it, with its state in {state}: "
             f"run swtpm on a socket of yours, and add {options.format('SOCKET', driver)}"
         )
+    device_file = device.find("backend/device")
+    path = device_file.get("path", "")[:200] if device_file is not None else ""
     return (
         "libvirt opened the device and passed it on as an fd: add "
-        f"-tpmdev passthrough,id=tpm0,path=/dev/tpm0 -device {driver},tpmdev=tpm0"
+        f"-tpmdev passthrough,id=tpm0,path={path or '/dev/tpm0'} -device {driver},tpmdev=tpm0"
     )
 
 

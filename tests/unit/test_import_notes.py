@@ -83,12 +83,12 @@ def test_a_usb_device_that_is_named_by_its_place_may_move() -> None:
 def test_what_a_helper_served_is_told_with_the_arguments_that_take_its_place() -> None:
     _, found = prepared(
         "<devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
-        "<tpm model='tpm-tis'><backend type='passthrough'/></tpm>"
+        "<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm1'/></backend></tpm>"
         "<filesystem><driver type='virtiofs'/><source dir='/srv/a'/><target dir='share'/></filesystem></devices>"
     )
     assert "/var/lib/libvirt/swtpm/12-34/tpm2" in found["tpm tpm-crb"]
     assert "-device tpm-crb,tpmdev=tpm0" in found["tpm tpm-crb"]
-    assert "-tpmdev passthrough,id=tpm0,path=/dev/tpm0 -device tpm-tis,tpmdev=tpm0" in found["tpm tpm-tis"]
+    assert "-tpmdev passthrough,id=tpm0,path=/dev/tpm1 -device tpm-tis,tpmdev=tpm0" in found["tpm tpm-tis"]
     assert "/srv/a" in found["filesystem share"]
     assert "tag=share" in found["filesystem share"]
 
