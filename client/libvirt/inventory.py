@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 from xml.etree.ElementTree import Element
 
-from .domain_xml import QEMU_NAMESPACE, children
+from .domain_xml import QEMU_NAMESPACE, children, size_in_bytes
 from .notes import Note, changed, left_out, warning
 
 _CGROUP: Final = "libvirt put this into a cgroup; give the units of vmloop a slice, or set it by systemd-run"
@@ -101,12 +101,6 @@ _DEVICES: Final[dict[str, str | None]] = dict.fromkeys(
     )
 ) | {"lease": "vmloop has no lock manager"}
 
-_UNITS: Final = {"b": 1, "bytes": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40} | {
-    f"{letter}{ending}": factor
-    for power, letter in enumerate("kmgt", 1)
-    for ending, factor in (("b", 1000**power), ("ib", 1024**power))
-}
-
 
 def notes_of_domain(root: Element) -> list[Note]:
     """All that the arguments cannot say, but for the network cards (interfaces.py) and what preparation.py takes out."""
@@ -147,9 +141,7 @@ def _memory(root: Element) -> Iterator[Note]:
 
 
 def _bytes(element: Element) -> int | None:
-    factor = _UNITS.get(element.get("unit", "KiB").lower())
-    text = (element.text or "").strip()
-    return int(text) * factor if factor is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
+    return size_in_bytes(element.text or "", element.get("unit", "KiB"))
 
 
 def _processors(root: Element) -> Iterator[Note]:
@@ -185,7 +177,10 @@ def _disks(root: Element) -> Iterator[Note]:
         target = disk.find("target")
         name = f"disk {target.get('dev') if target is not None else number}"
         if disk.find("iotune") is not None:
-            yield left_out(f"{name} iotune", "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle")
+            yield left_out(
+                f"{name} iotune",
+                "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle id=… with the qdev of query-block",
+            )
         if disk.get("type") == "nvme":
             yield warning(f"{name} nvme", _VFIO + _LOCKED)
         if disk.find("transient") is not None:
@@ -214,7 +209,8 @@ def _graphics(root: Element) -> Iterator[Note]:
         if graphics.get("passwd"):
             yield left_out(
                 f"{name} passwd",
-                "libvirt set it after each start; until you do nobody gets in: vmloop qmp NAME set_password",
+                "libvirt set it after each start; until you do nobody gets in: "
+                f"vmloop qmp NAME set_password protocol={'spice' if graphics.get('type') == 'spice' else 'vnc'} password=…",
             )
         if graphics.get("autoport") == "yes" or graphics.get("port") == "-1":
             yield changed(
@@ -232,7 +228,11 @@ def _graphics(root: Element) -> Iterator[Note]:
 
 def _balloon(root: Element) -> Iterator[Note]:
     if root.find("devices/memballoon/stats") is not None:
-        yield left_out("memballoon stats", "libvirt set the period after the start: vmloop qmp NAME qom-set")
+        yield left_out(
+            "memballoon stats",
+            "libvirt set the period after the start: vmloop qmp NAME qom-set "
+            "path=/machine/peripheral/balloon0 property=guest-stats-polling-interval value=SECONDS",
+        )
 
 
 _HOST_DEVICES: Final = {

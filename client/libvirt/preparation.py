@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element, SubElement
 import msgspec
 
 from .domain_xml import child_text, domain_bytes
+from .huge_pages import ask_for_a_file
 from .interfaces import Card, add_placeholder, cards_of
 from .notes import Note, left_out
 from .usb_devices import Wanted, put_stand_ins
@@ -28,6 +29,7 @@ class Prepared(msgspec.Struct, frozen=True):
     xml: bytes
     cards: list[Card]
     usb: Wanted
+    huge_pages: int | None  # their size, as huge_pages.py has it
     notes: list[Note]
 
 
@@ -37,6 +39,7 @@ def prepare(original: Element, name: str) -> Prepared:
     cards, notes = cards_of(root)
     usb, of_usb = put_stand_ins(root)
     notes += of_usb
+    huge_pages = ask_for_a_file(root)
     _rename(root, name)
     _name_firmware_once(root)
     _take_out(root)
@@ -44,7 +47,7 @@ def prepare(original: Element, name: str) -> Prepared:
     for device in root.findall("devices/hostdev"):
         _name_driver(device)
     _put_placeholders(root, cards)
-    return Prepared(domain_bytes(root), cards, usb, notes)
+    return Prepared(domain_bytes(root), cards, usb, huge_pages, notes)
 
 
 def _rename(root: Element, name: str) -> None:
@@ -99,16 +102,24 @@ def _helper_behind(device: Element, root: Element) -> str | None:
 def _tpm(device: Element, root: Element) -> str | None:
     backend = device.find("backend")
     driver = device.get("model", "tpm-tis")[:64]
-    if backend is not None and backend.get("type") == "emulator":
+    kind = backend.get("type") if backend is not None else None
+    options = "-chardev socket,id=chrtpm,path={} -tpmdev emulator,id=tpm0,chardev=chrtpm -device {},tpmdev=tpm0"
+    if backend is not None and kind == "external":  # the operator runs it
+        source = backend.find("source")
+        path = source.get("path", "")[:200] if source is not None else ""
+        return f"libvirt translates it only where swtpm is installed; add {options.format(path, driver)}"
+    if backend is not None and kind == "emulator":
         version = "tpm1.2" if backend.get("version") == "1.2" else "tpm2"
         state = f"/var/lib/libvirt/swtpm/{child_text(root, 'uuid')[:64] or 'UUID'}/{version}"
         return (
-            f"libvirt ran swtpm for it, with its state in {state}: run swtpm on a socket of yours, and add "
-            f"-chardev socket,id=chrtpm,path=SOCKET -tpmdev emulator,id=tpm0,chardev=chrtpm -device {driver},tpmdev=tpm0"
+            f"libvirt ran swtpm for it, with its state in {state}: "
+            f"run swtpm on a socket of yours, and add {options.format('SOCKET', driver)}"
         )
+    device_file = device.find("backend/device")
+    path = device_file.get("path", "")[:200] if device_file is not None else ""
     return (
         "libvirt opened the device and passed it on as an fd: add "
-        f"-tpmdev passthrough,id=tpm0,path=/dev/tpm0 -device {driver},tpmdev=tpm0"
+        f"-tpmdev passthrough,id=tpm0,path={path or '/dev/tpm0'} -device {driver},tpmdev=tpm0"
     )
 
 
@@ -116,10 +127,16 @@ def _filesystem(device: Element, _: Element) -> str | None:
     driver, source = device.find("driver"), device.find("source")
     if driver is None or driver.get("type") != "virtiofs":
         return None
-    directory = source.get("dir", "")[:200] if source is not None else ""
+    given = dict(source.attrib) if source is not None else {}
+    socket, directory = given.get("socket", "")[:200], given.get("dir", "")[:200]
+    why = (
+        "libvirt translates it only as the system's daemon"  # the operator runs it
+        if socket
+        else f"libvirt ran virtiofsd for it{f' on {directory}' if directory else ''}: run one on a socket of yours"
+    )
     return (
-        f"libvirt ran virtiofsd for it{f' on {directory}' if directory else ''}: run one on a socket of yours, and add "
-        f"-chardev socket,id=fs0,path=SOCKET -device vhost-user-fs-pci,chardev=fs0,tag={_target(device) or 'TAG'}"
+        f"{why}; add -chardev socket,id=fs0,path={socket or 'SOCKET'} "
+        f"-device vhost-user-fs-pci,chardev=fs0,tag={_target(device) or 'TAG'}"
     )
 
 

@@ -21,9 +21,9 @@ from .devices_of_libvirt import (
     secret_id,
     without_fds,
 )
-from .interfaces import Card
 from .notes import Note, changed, left_out, warning
-from .usb_devices import Wanted, with_ids
+from .preparation import Prepared
+from .usb_devices import with_ids
 
 # Where libvirt's system daemon keeps the variables of a guest's firmware, unless the domain says otherwise.
 NVRAM_DIRECTORY: Final = "/var/lib/libvirt/qemu/nvram"
@@ -54,15 +54,16 @@ class Takeover:
     """One command line on its way."""
 
     def __init__(
-        self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "", usb: Wanted | None = None
+        self, line: CommandLine, prepared: Prepared, name: str, own_directory: str = "", huge_pages: str = ""
     ) -> None:
-        """`own_directory`: libvirt's root for this import, if it had one."""
+        """`own_directory`: libvirt's root for this import, if it had one. `huge_pages`: where the guest's memory is to be, if in those."""
         self.notes: list[Note] = []
         self.agent = False
         self._line = line
         self._options = line.options
-        self._usb = usb or {}
-        self._cards = {card.placeholder: card for card in cards}
+        self._usb = prepared.usb
+        self._cards = {card.placeholder: card for card in prepared.cards}
+        self._huge_pages = huge_pages
         self._name = name
         self._own_directory = own_directory
         self._theirs: Callable[[str], bool] = in_libvirts_place(own_directory)
@@ -242,14 +243,15 @@ class Takeover:
             memory = properties.text("mem-path")
             image = properties.text("filename") or (properties.text("file") if option.name == "-drive" else "")
             if memory and is_memory_directory(memory, self._theirs):
-                place = memory_directory(memory, self._theirs)
+                place = self._huge_pages or memory_directory(memory, self._theirs)
                 where = "the VM's own directory" if place == "." else place
                 self.notes.append(
                     changed(
                         f"-object {properties.text('id')}", f"guest memory in {where}, not in a directory of libvirt's"
                     )
                 )
-                kept.append(Option(option.name, properties.replaced(mem_path=place).render()))
+                at_once = {"prealloc": True if properties.is_json else "on"} if self._huge_pages else {}
+                kept.append(Option(option.name, properties.replaced(mem_path=place, **at_once).render()))
             elif (variables := _VARIABLES.search(image)) and self._theirs(image):
                 path = f"{NVRAM_DIRECTORY}/{self._name}{variables[0]}"
                 self.notes.append(

@@ -57,7 +57,10 @@ _ADVICE: Final = (
     ),
     ("virtstoraged", "storage pools are known to a running libvirt only: name it with --connect qemu:///system"),
     ("virtnetworkd", "virtual networks are known to a running libvirt only: name it with --connect qemu:///system"),
-    ("hugetlbfs", "mount hugetlbfs, or take <hugepages> out of the XML"),
+    (
+        "hugetlbfs",
+        "several kinds of pages are known to a system's libvirt only: name it with --connect qemu:///system, or take <hugepages> out",
+    ),
     ("session mode", "an ordinary user's libvirt refuses it: name the system's with --connect qemu:///system"),
     ("Cannot check QEMU binary", "install the emulator, or correct <emulator>"),
     ("Failed to connect socket", "no libvirt daemon listens there"),

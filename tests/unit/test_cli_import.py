@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -242,3 +244,30 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(desk: Desk) -> None:
         assert desk.run(str(DATA / "desk.xml"), "-o", str(pipe)).returncode == 0
         assert reader.read() == made
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_it_has_started_and_takes_its_directory_away(
+    desk: Desk, number: signal.Signals, status: int
+) -> None:
+    begun = desk.path / "begun"
+    os.mkfifo(begun)
+    begun.chmod(0o666)  # for the user that libvirt is run as
+    desk.virsh(f'trap "" TERM HUP INT\necho "$HOME $$" > {begun}\nexec sleep 600')
+    with (
+        open(os.open(begun, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader,
+        subprocess.Popen(
+            ["/usr/bin/env", "--default-signal", *COMMAND, "import", str(DATA / "desk.xml")],  # ours may be ignored
+            env={**os.environ, "PATH": f"{desk.path}:/usr/bin:/bin"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as command,
+    ):
+        assert select.select([reader], [], [], SOON)[0]
+        home, pid = reader.read().split()
+        assert Path(os.fsdecode(home)).is_dir()
+        command.send_signal(number)
+        assert command.wait(SOON) == status
+    assert not Path(os.fsdecode(home)).exists()
+    assert not Path(f"/proc/{int(pid)}").exists()

@@ -83,12 +83,12 @@ def test_a_usb_device_that_is_named_by_its_place_may_move() -> None:
 def test_what_a_helper_served_is_told_with_the_arguments_that_take_its_place() -> None:
     _, found = prepared(
         "<devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
-        "<tpm model='tpm-tis'><backend type='passthrough'/></tpm>"
+        "<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm1'/></backend></tpm>"
         "<filesystem><driver type='virtiofs'/><source dir='/srv/a'/><target dir='share'/></filesystem></devices>"
     )
     assert "/var/lib/libvirt/swtpm/12-34/tpm2" in found["tpm tpm-crb"]
     assert "-device tpm-crb,tpmdev=tpm0" in found["tpm tpm-crb"]
-    assert "-tpmdev passthrough,id=tpm0,path=/dev/tpm0 -device tpm-tis,tpmdev=tpm0" in found["tpm tpm-tis"]
+    assert "-tpmdev passthrough,id=tpm0,path=/dev/tpm1 -device tpm-tis,tpmdev=tpm0" in found["tpm tpm-tis"]
     assert "/srv/a" in found["filesystem share"]
     assert "tag=share" in found["filesystem share"]
 
@@ -100,6 +100,18 @@ def test_libvirt_need_not_ask_numad() -> None:
     )
     assert given.find("vcpu").attrib == {"current": "1"}  # type: ignore[union-attr]
     assert [each.tag for each in given.findall("numatune/*")] == ["memnode"]
+
+
+def test_a_helper_that_the_operator_runs_is_not_taken_for_libvirts() -> None:
+    given, found = prepared(
+        "<devices><tpm model='tpm-crb'><backend type='external'><source path='/srv/tpm.sock'/></backend></tpm>"
+        "<filesystem><driver type='virtiofs'/><source socket='/srv/fs.sock'/><target dir='share'/></filesystem></devices>"
+    )
+    assert given.findall("devices/*") == []
+    assert "path=/srv/tpm.sock" in found["tpm tpm-crb"]
+    assert "as an fd" not in found["tpm tpm-crb"]
+    assert "path=/srv/fs.sock" in found["filesystem share"]
+    assert "virtiofsd" not in found["filesystem share"]
 
 
 def test_firmware_that_is_named_and_chosen_is_only_named() -> None:
@@ -161,3 +173,19 @@ def test_any_other_usb_device_is_given_to_libvirt_as_it_is(source: str) -> None:
     assert place is not None
     assert fromstring(f"<source>{source}</source>")[0].attrib == place[0].attrib
     assert len(fromstring(f"<source>{source}</source>")) == len(place)
+
+
+@pytest.mark.parametrize(
+    ("inner", "command"),
+    [
+        ("<devices><disk><iotune/></disk></devices>", "block_set_io_throttle id=… with the qdev of query-block"),
+        ("<devices><graphics type='vnc' passwd='x'/></devices>", "set_password protocol=vnc password=…"),
+        ("<devices><graphics type='spice' passwd='x'/></devices>", "set_password protocol=spice password=…"),
+        (
+            "<devices><memballoon><stats period='5'/></memballoon></devices>",
+            "qom-set path=/machine/peripheral/balloon0 property=guest-stats-polling-interval value=SECONDS",
+        ),
+    ],
+)
+def test_what_libvirt_set_through_the_monitor_is_told_with_the_command_that_sets_it(inner: str, command: str) -> None:
+    assert [why.endswith(f"vmloop qmp NAME {command}") for why in told_of(inner).values()] == [True]
