@@ -24,7 +24,7 @@ demo: bootstrap venv
 	$(BIN)/python deploy/demo.py
 
 test: bootstrap venv
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m $(if $(strip $(ARGS)),pytest -q $(ARGS),vmloop.tests)
 
 check: venv
 	$(BIN)/ruff check .

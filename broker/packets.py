@@ -141,6 +141,8 @@ class PacketPoll:
         except FdsLost as error:
             log.error("zygote: %s", error)
             packet = error.packet
+        except (ConnectionResetError, BrokenPipeError):  # gone with something unread: an end as good as any
+            packet = None
         except (OSError, BadRequest) as error:
             log.error("zygote: %s", error)
             packet = None

@@ -23,7 +23,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -43,6 +42,7 @@ from ..common.paths import Paths, paths_under
 from .calls import DEFAULT_TIMEOUT
 from .endpoint import FIRST_WAIT, MAX_WAIT, find_endpoint, require_listening
 from .session import Host
+from .short_directory import make_short_directory
 
 # A private broker serves within half a second; a machine with much else to do may need longer.
 START_SECONDS: Final = 30.0
@@ -151,7 +151,7 @@ class Launch:
         made: Path | None = None
         try:
             if self._temporary:
-                made = _temporary_root()
+                made = make_short_directory()
                 self.paths = paths_under(made)
             broker = self._start_patiently()
             if self._is_wanted():
@@ -351,6 +351,14 @@ class PrivateBroker:
                 f"not all that runs under {self._paths.run.parent} could be ended: {self._log_tail()}"
             )
 
+    def kill(self) -> None:
+        """SIGKILL: what it served runs on. `start` has the next one, `end` ends it all. For tests of that (testing/private_broker.py)."""
+        with self._lock:
+            if self._process is not None:
+                self._tell(signal.SIGKILL)
+                self._reap()
+                self._let_go()
+
     @property
     def _is_over(self) -> bool:
         return self._all_ended is True and not (self._temporary and self._paths.run.parent.exists())
@@ -414,13 +422,6 @@ def _serves(paths: Paths) -> bool:
     except NoBroker:
         return False
     return True
-
-
-def _temporary_root() -> Path:
-    try:
-        return Path(tempfile.mkdtemp(prefix="vml-"))
-    except OSError as error:
-        raise ConfigError(f"no temporary directory can be made for a private broker: {error}") from error
 
 
 def _above_standard(fd: int) -> int:

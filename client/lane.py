@@ -23,8 +23,9 @@ from .requests import Request
 
 Socket = zmq.Socket[bytes]
 
-# One poll lasts at most so long, so that the milliseconds fit libzmq's integer.
-_MAX_POLL_MS: Final = 1_000_000
+# Seconds that one poll lasts at most. A signal in the instant before it begins does not end it, and Python runs the handler only when it is
+# over: a Ctrl-C is noticed by then.
+MAX_POLL: Final = 1.0
 
 
 def readable(socket: Socket) -> bool:
@@ -150,7 +151,7 @@ class Lane:
         """Wait for something to happen, until then at most, and deal with it. Returns the calls that it has finished."""
         finished, self._finished = self._finished, []
         left = 0.0 if finished else until - time.monotonic()
-        milliseconds = min(ceil(left * 1000), _MAX_POLL_MS) if left > 0 else 0
+        milliseconds = ceil(min(left, MAX_POLL) * 1000) if left > 0 else 0
         waits_to_send = not self._away and self._calls.waits_to_send
         ready = zmq.zmq_poll(self._sending if waits_to_send else self._quiet, milliseconds)
         for socket, events in ready:

@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn, TypedDict, Unpack
 
+import msgspec
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
 from ..client.stream import Event
 from ..client.subscription import Events
 from ..client.vm import Vm
 from ..common.cursor import Cursor
-from ..common.errors import DeadlineExceeded, NoSuchVm, NotRunning, TooLarge
+from ..common.errors import DeadlineExceeded, MonitorLost, NoSuchVm, NotRunning, OutcomeUnknown, TooLarge
 from ..common.process import ProcessGone, open_pidfd
-from ..worker.qemu.simulated_faults import GarbledKind
+from ..worker.qemu.simulated_faults import Faults, GarbledKind
 from .handler_files import LANES, SETTLE, SETTLED
 
 DEADLINE: Final = 10.0  # seconds that a test waits for something unless it says otherwise
@@ -29,6 +32,8 @@ MAX_EVENTS: Final = 100_000  # that a double keeps: of a test, not of a flood
 MAX_ROUNDS: Final = 100  # handlers that keep each other at work: events of events of events …
 
 FAILED: Final = "HANDLER_FAILED"
+_HEALTHY: Final = msgspec.json.decode(msgspec.json.encode(Faults()))  # as the monitor says it
+_LOOK_AGAIN: Final = 0.01  # seconds between two looks whether the faults have ended
 
 # States in which the simulated VM says no event any more: it is gone, or about to be.
 _WITHOUT_GUEST: Final = frozenset({"shutoff", "unknown"})
@@ -261,11 +266,22 @@ class Double:
                 self.set_faults(**before)
 
     def heal(self) -> None:
-        """End every fault, whatever it is, SIGSTOP too. Nothing if QEMU is gone."""
+        """End every fault, whatever it is, SIGSTOP too, and wait until they have ended. Nothing if QEMU is gone."""
         self._faults = {}
-        with contextlib.suppress(NotRunning):
+        with contextlib.suppress(
+            NotRunning, MonitorLost, OutcomeUnknown
+        ):  # it is gone, or vmloop has no connection to it
             self._signal(signal.SIGUSR1)
             self._signal(signal.SIGCONT)
+            retrying = Retrying(
+                retry=retry_if_result(lambda faults: faults != _HEALTHY),
+                wait=wait_fixed(_LOOK_AGAIN),
+                stop=stop_after_delay(DEADLINE),
+            )
+            try:
+                retrying(lambda: self._simulate())
+            except RetryError as error:
+                raise DeadlineExceeded(f"VM {self.name}: its faults do not end within {DEADLINE:g} s") from error
 
     # -- the end ----------------------------------------------------------------------------------------------------------
 
@@ -285,9 +301,9 @@ class Double:
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 
-    def _simulate(self, **words: Any) -> None:
-        # Out of band: a VM whose main loop hangs obeys too.
-        self.vm.qmp("x-simulate", words, oob=True, wait_frozen=True, timeout=DEADLINE)
+    def _simulate(self, **words: Any) -> Any:
+        """The faults after that. Out of band: a VM whose main loop hangs obeys too."""
+        return self.vm.qmp("x-simulate", words, oob=True, wait_frozen=True, timeout=DEADLINE)
 
     def _pid(self) -> int | None:
         return self.vm.show().pid

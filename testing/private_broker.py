@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vmloop of one's own for a test: a real broker process under a short temporary directory, and nothing of it left afterwards.
+"""A vmloop of one's own for a test: a private broker (client/embedding.py) under a short temporary directory, and nothing of it left.
 
 Made by the fixture `broker` of the plugin; usable in a `with` without pytest too. What it starts shares nothing with other brokers of the
-machine, so tests run side by side.
+machine, so tests run side by side; and it ends with the process that has made it, however that ends.
 """
 
 from __future__ import annotations
@@ -12,42 +12,35 @@ import os
 import select
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay
-
+from ..client import embedding
 from ..client.session import Host, connect
-from ..common.errors import ConfigError, LaunchFailed, NoBroker, NotRunning, VmloopError
+from ..client.short_directory import make_short_directory
+from ..common.errors import LaunchFailed, NotRunning, VmloopError
 from ..common.paths import Paths, paths_under
 
-START_SECONDS: Final = 30.0  # half a second on an idle machine; test machines are not idle
-END_SECONDS: Final = 30.0  # to kill its VMs and end; then everything that is left is killed and told
-LOOK_AT_PROCESS: Final = 0.25  # seconds between two looks whether the broker that is to come up has ended instead
-LINGER_SECONDS: Final = 1.0  # that processes have after the broker's end to end by themselves; then they are told to
+END_SECONDS: Final = 30.0  # for what is still there when the broker has ended; then it is killed and told
 LOG_TAIL_BYTES: Final = 4096  # of the broker's log, in errors
-MAX_DIRECTORY_BYTES: Final = (
-    32  # of the one that roots are made in: leaves names of VMs 40 letters of a socket path's 107 bytes
-)
 
 _LOOK_AGAIN: Final = 0.01  # seconds between two looks at which processes are left
+_STOP_TIMEOUT: Final = 1.0  # nobody is asked to power down: VMs are killed
 
 
 class PrivateBroker:
     """One broker. `host` is a client of it, `root` its directory (as `vmloop --root` takes it)."""
 
     def __init__(self, settings: str = "") -> None:
-        """`settings`: the text of etc/vmloop.toml. Raises `LaunchFailed` with its log if the broker does not come up."""
-        self.root = Path(tempfile.mkdtemp(prefix="vml-", dir=_short_directory()))
+        """`settings`: the text of etc/vmloop.toml. Raises `LaunchFailed` with its log if the broker does not come up, `ConfigError` if
+        no directory can be made for it."""
+        self.root = make_short_directory()
         self.paths: Paths = paths_under(self.root)
         self.handlers_directory = self.paths.etc / "handlers"
-        self._log_path = self.root / "broker.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        # Temporary: if this process is killed the broker removes the directory.
+        self._broker = embedding.PrivateBroker(self.paths, "kill", _STOP_TIMEOUT, temporary=True)
         self._host: Host | None = None
         self._vms: dict[str, int] = {}  # how many names of a kind were given out
         try:
@@ -55,6 +48,7 @@ class PrivateBroker:
             if settings:
                 self.paths.settings_file.write_text(settings)
             self.start()
+            self._host = connect(root=self.root)
         except BaseException:
             self._clear_away()
             raise
@@ -62,29 +56,12 @@ class PrivateBroker:
     # -- start ------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The next broker, after `kill`. Raises `LaunchFailed` with its log if it does not come up."""
-        with self._log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vmloop.broker", str(self.root)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,  # Ctrl-C is for the test, which ends the broker in order
-            )
-        process = self._process
-
-        def may_come(error: BaseException) -> bool:
-            return isinstance(error, NoBroker) and process.poll() is None
-
+        """The next broker, after `kill`; the test's client goes on. Raises `LaunchFailed` with its log if it does not come up."""
         try:
-            retrying = Retrying(reraise=True, retry=retry_if_exception(may_come), stop=stop_after_delay(START_SECONDS))
-            host = retrying(connect, root=self.root, wait=LOOK_AT_PROCESS)
-        except NoBroker as error:
-            raise LaunchFailed(f"the test's broker did not come up: {error}\n{self.log()}", log=self.log()) from error
-        if self._host is None:
-            self._host = host
-        else:  # the client that the test has goes on
-            host.close()
+            self._broker.start()
+        except VmloopError as error:
+            said = f"{error}\n{self.log()}"
+            raise LaunchFailed(f"the test's broker did not come up: {said}", log=said) from error
 
     # -- run --------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +74,7 @@ class PrivateBroker:
     def log(self) -> str:
         """The end of the broker's log."""
         try:
-            return self._log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+            return self.paths.broker_log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         except OSError as error:
             return f"(no log: {error.strerror})"
 
@@ -113,10 +90,7 @@ class PrivateBroker:
 
     def kill(self) -> None:
         """The broker dies (SIGKILL): its VMs and their workers run on. `start` has the next one."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait(END_SECONDS)
-        self._process = None
+        self._broker.kill()
 
     # -- stop -------------------------------------------------------------------------------------------------------------
 
@@ -125,10 +99,6 @@ class PrivateBroker:
         trouble = ""
         try:
             trouble = self._shut_down()
-            # A worker without a VM, and its zygote, stay for some seconds in case something is asked of them.
-            for pid in self._wait_until_gone(LINGER_SECONDS):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
             if left := self._wait_until_gone(END_SECONDS):
                 trouble = f"{trouble}; left running: {left}"
         finally:
@@ -145,21 +115,20 @@ class PrivateBroker:
         self.close()
 
     def _shut_down(self) -> str:
-        """Ask the broker to kill its VMs and end; why that did not work, or nothing."""
-        if self._process is None:  # only it can end what the killed one left
+        """Have the broker kill its VMs and end; why that did not work, or nothing."""
+        fd = self._broker.fileno()
+        if fd is None:  # killed on purpose: only the next one can end what it left
             self.start()
-        assert self._process is not None
-        if self._process.poll() is not None:
-            return f"ended during the test with status {self._process.returncode}"
+        elif _is_readable(fd):
+            return "ended during the test"
         try:
             with connect(root=self.root, timeout=END_SECONDS) as host:
                 for vm in host.list():
                     if vm.attached and vm.pid is None:  # nothing could end it but its owner
                         with contextlib.suppress(NotRunning):
                             host.vm(vm.name).detach()
-                host.shutdown("kill")
-            self._process.wait(END_SECONDS)
-        except (VmloopError, subprocess.TimeoutExpired) as error:
+            self._broker.end()
+        except VmloopError as error:
             return f"did not end: {error}"
         return ""
 
@@ -189,19 +158,12 @@ class PrivateBroker:
         for pid in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait(END_SECONDS)
-            self._process = None
-        shutil.rmtree(self.root)
+        self._broker.kill()
+        with contextlib.suppress(FileNotFoundError):  # the broker has removed it
+            shutil.rmtree(self.root)
 
 
-def _short_directory() -> str:
-    """Where temporary files go, if that leaves room for a socket's path; else /tmp. Raises `ConfigError` if neither is to be had."""
-    usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) <= MAX_DIRECTORY_BYTES:
-        return usual
-    if not os.access("/tmp", os.W_OK):
-        raise ConfigError(
-            f"{usual} is too long for unix sockets, and /tmp cannot be written: set TMPDIR to a short path"
-        )
-    return "/tmp"
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -12,11 +12,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ..client.short_directory import make_short_directory
 from ..common.definition import MONITOR_ID
 from ..common.paths import require_socket_path
 from ..worker.qemu.recording import read_recording
@@ -37,11 +37,11 @@ class Replay(NamedTuple):
 def replaying(recording: str | Path, *, pace: float = 0.0) -> Iterator[Replay]:
     """Play a recording for the length of a `with`. `pace`: 0 says everything at once, 1 as slowly as it was recorded.
 
-    Raises `ConfigError` for a file that is torn or no recording.
+    Raises `ConfigError` for a file that is torn or no recording, or if no directory can be made for its socket.
     """
     path = Path(recording).absolute()
     Script(read_recording(path))  # here: the stand-in's own words would go to its standard error
-    directory = Path(tempfile.mkdtemp(prefix="vml-"))
+    directory = make_short_directory()
     try:
         where = require_socket_path(directory / "qmp.sock")
         with _started(where, path, pace) as process:

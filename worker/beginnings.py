@@ -42,8 +42,10 @@ async def start(
     paused: bool,
     deadline: float,
     go: Callable[[], Awaitable[Any]],
+    tell: Callable[[], None],
 ) -> None:
-    """Launch QEMU and bring it to running, or to paused. `go` lets its CPUs run.
+    """Launch QEMU and bring it to running, or to paused. `go` lets its CPUs run; `tell` sends the VM's status at once: the launch itself
+    holds the loop up for a while, and who asks meanwhile must not hear of the new run's events and the old one's state.
 
     Raises `LaunchFailed`, `AlreadyRunning`, `ConfigError`; then it is shut off.
     """
@@ -67,6 +69,7 @@ async def start(
         vm.save(run)
         handling.capabilities.keep(known)
         handling.begin(definition)
+        tell()
         launched = launch(definition, vm.paths, epoch, stopped=not migrates_in, log_bytes=vm.settings.log_bytes)
     except OSError as error:
         vm.settle(Move(VmState.SHUTOFF, "failed"), f"{error}")

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -15,6 +19,9 @@ from .base import NAME, Invocation, verb
 if TYPE_CHECKING:
     from ..libvirt.importing import Imported
     from ..libvirt.notes import Note
+
+
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 @verb("import")
@@ -46,21 +53,39 @@ def import_domain(
     if (file is None) == (domain is None):
         raise click.UsageError("give DOMAIN.xml or --domain, one of the two")
     out = invocation.output()
-    with out.busy("libvirt translates the domain"):
+    with _ending_in_order(), out.busy("libvirt translates the domain"):
         imported, origin = _from_file(file, name, uri) if file is not None else _from_libvirt(str(domain), name, uri)
     from ..libvirt.document import document
 
     text = document(imported, origin)
+    if not out.as_json:
+        for note in imported.notes:  # first: they tell why it cannot be written or defined
+            out.aside(f"{note.kind.words}: {note.what}: {note.why}")
     if output is not None:
         _write(output, text)
     if define_it:
         _define(invocation, imported)
-    if not out.as_json:
-        for note in imported.notes:
-            out.aside(f"{note.kind.words}: {note.what}: {note.why}")
     vm = imported.definition.name
     done = [f"{vm}: written to {output}"] * (output is not None) + [f"{vm}: defined"] * define_it
     out.result(_as_json(imported, text), lambda: _say(done, text))
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the command as Ctrl-C does: virsh, in a session of its own, and its directory would stay behind."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # the end is on its way, and has deadlines
+        raise SystemExit(128 + number)
+
+    caught = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]  # nohup: it stays ignored
+    before = {number: signal.signal(number, end) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _from_file(file: str, name: str | None, uri: str | None) -> tuple[Imported, str]:

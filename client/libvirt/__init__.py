@@ -5,7 +5,7 @@ libvirt itself makes QEMU's arguments of its XML (`virsh domxml-to-native`); her
 and from its answer is taken what a definition can hold. Everything else is listed as a note: nothing is dropped in silence.
 
 Reading order: notes (what the operator is told), domain_xml (hostile XML), inventory (what of a domain no argument says), interfaces
-(network cards), preparation (the XML that libvirt is given), virsh and contained (asking libvirt), argv (its answer), takeover
-(arguments → arguments) with devices_of_libvirt, host_paths (files that must be there), importing (all of it), document (the TOML file).
-Only virsh and contained start processes; the rest is pure.
+(network cards), usb_devices, huge_pages, preparation (the XML that libvirt is given), virsh and contained (asking libvirt), argv (its
+answer), takeover (arguments → arguments) with devices_of_libvirt, host_paths (files that must be there), importing (all of it), document
+(the TOML file). Only virsh and contained start processes; the rest is pure.
 """

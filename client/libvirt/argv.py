@@ -89,8 +89,8 @@ def parse_command_line(text: str) -> CommandLine:
     while words and _ASSIGNMENT.match(words[0]):
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
-    if not words or words[0].startswith("-"):
-        raise ConfigError("libvirt printed no command line")
+    if not words or not words[0].startswith("/"):
+        raise ConfigError(f"libvirt printed no command line, but {text[:80]!r}")
     return CommandLine(environment, words[0], options_of(words[1:]))
 
 
@@ -162,6 +162,7 @@ IMPLIED: Final = {
     "-object": "qom-type",
     "-sandbox": "enable",
     "-tpmdev": "type",
+    "-vnc": "vnc",
 }
 
 

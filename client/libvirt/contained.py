@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import time
@@ -68,12 +69,12 @@ def run(
             extra_groups=identity.groups if identity is not None else None,
         ) as child:
             try:
-                stdout, stderr = _read(child, deadline)
+                stdout, stderr = _read(child, argv, deadline)
                 status = child.wait(max(0.0, deadline - time.monotonic()))
             finally:
                 _kill_group(child)
     except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(f"{argv[0]} {argv[-2]}: not done within {seconds:g} s") from error
+        raise DeadlineExceeded(f"{shlex.join(argv)[:200]}: not done within {seconds:g} s") from error
     finally:
         if mark:
             _end(mark)
@@ -86,7 +87,7 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:
+def _read(child: subprocess.Popen[bytes], argv: list[str], deadline: float) -> tuple[bytes, bytes]:
     assert child.stdout is not None
     assert child.stderr is not None
     read: dict[int, bytearray] = {child.stdout.fileno(): bytearray(), child.stderr.fileno(): bytearray()}
@@ -104,7 +105,7 @@ def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes
                     selector.unregister(key.fd)
                 elif len(read[key.fd]) > MAX_OUTPUT_BYTES:
                     raise TooLarge(
-                        f"{child.args!r:.60} printed more than {MAX_OUTPUT_BYTES} bytes", limit=MAX_OUTPUT_BYTES
+                        f"{shlex.join(argv)[:200]} printed more than {MAX_OUTPUT_BYTES} bytes", limit=MAX_OUTPUT_BYTES
                     )
     return bytes(read[child.stdout.fileno()]), bytes(read[child.stderr.fileno()])
 

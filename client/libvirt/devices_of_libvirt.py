@@ -11,11 +11,14 @@ from .argv import Option, Properties, properties_of
 
 GUEST_AGENT: Final = "org.qemu.guest_agent.0"
 
-# libvirt's own directories, of the system's and of users' daemons. Variables of firmware (nvram) and images are files to keep.
+# libvirt's own directories, of the system's daemon and of users': what it puts there is gone with the run. Variables of firmware, saved
+# states, dumps and logs are files to keep.
 _DIRECTORIES: Final = re.compile(
-    r"(?:/var)?/run/libvirt/|/var/lib/libvirt/(?:qemu/(?!nvram/|save/|dump/)|swtpm/)|/.*/libvirt/(?:qemu/(?!nvram/)|common/|virtqemud)"
+    r"(?:/var)?/run/(?:user/[0-9]+/)?libvirt/"
+    r"|(?:/var/lib|/.*/\.config|/.*/\.cache)/libvirt/(?:qemu/(?!nvram/|save/|dump/|snapshot/)|swtpm/)"
 )
-_HUGEPAGES: Final = re.compile(r"(/.+?)/libvirt/qemu/.+")
+# A directory for one domain's memory in a hugetlbfs, wherever that is mounted; older versions had one for all.
+_HUGEPAGES: Final = re.compile(r"(/.+?)/libvirt/qemu(?:/-?[0-9]+-[^/]+)?/?")
 _FD_KEYS: Final = ("fd", "fds", "vhostfd", "vhostfds", "vhost-fd", "sock-fd")
 _OPENED_BY_LIBVIRT: Final = "/dev/fdset/"
 
@@ -70,9 +73,12 @@ def without_fds(properties: Properties) -> tuple[Properties, list[str]]:
     return (properties.without(*gone) if gone else properties), gone
 
 
-def memory_directory(path: str, own_directory: str) -> str:
-    """Where guest memory goes that was in a directory of libvirt's: the hugetlbfs around it, or the VM's own directory (`.`)."""
+def is_memory_directory(path: str, theirs: Callable[[str], bool]) -> bool:
+    """Whether libvirt made it for guest memory."""
+    return theirs(path) or _HUGEPAGES.fullmatch(path) is not None
+
+
+def memory_directory(path: str, theirs: Callable[[str], bool]) -> str:
+    """Where guest memory goes that was in such a directory: the hugetlbfs around it, or the VM's own directory (`.`)."""
     found = _HUGEPAGES.fullmatch(path)
-    if found is None or found[1].startswith("/var/lib") or (own_directory and path.startswith(own_directory)):
-        return "."
-    return found[1]
+    return found[1] if found is not None and not theirs(path) else "."

@@ -25,6 +25,13 @@ QEMU_NAMESPACE: Final = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 QEMU_TYPES: Final = frozenset({"qemu", "kvm", "hvf"})
 
 
+_UNITS: Final = {"b": 1, "bytes": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40} | {
+    f"{letter}{ending}": factor
+    for power, letter in enumerate("kmgt", 1)
+    for ending, factor in (("b", 1000**power), ("ib", 1024**power))
+}
+
+
 def read_domain(text: bytes, origin: str) -> Element:
     """The <domain> of a QEMU or KVM guest. `ConfigError` for anything else; `origin` names the text."""
     root = _Reader(origin).read(text)
@@ -51,6 +58,12 @@ def child_text(element: Element, path: str) -> str:
 def children(element: Element, path: str) -> Iterator[tuple[int, Element]]:
     """The children at a path, numbered from 1 for people."""
     yield from enumerate(element.findall(path), 1)
+
+
+def size_in_bytes(number: str, unit: str) -> int | None:
+    """None if libvirt would not understand it either."""
+    factor, text = _UNITS.get(unit.lower()), number.strip()
+    return int(text) * factor if factor is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 class _Reader:

@@ -16,6 +16,7 @@ from ...common.names import vm_name
 from .argv import Option, parse_command_line, properties_of
 from .domain_xml import child_text, read_domain
 from .host_paths import path_notes
+from .huge_pages import host_mounts, place_of
 from .inventory import notes_of_domain
 from .notes import Note, changed, left_out
 from .preparation import prepare
@@ -60,6 +61,7 @@ def import_domain(
     name: str | None = None,
     autostart: bool = False,
     exists: Callable[[str], bool] = os.path.exists,
+    mounts: Callable[[], str] = host_mounts,
 ) -> Imported:
     """`translate`: libvirt's part, from the XML that it is given to QEMU's command line. `ConfigError` for what cannot be imported."""
     root = read_domain(text, origin)
@@ -67,7 +69,8 @@ def import_domain(
     prepared = prepare(root, chosen)
     translated = translate(prepared.xml)
     line = parse_command_line(translated.command_line)
-    takeover = Takeover(line, prepared.cards, chosen, translated.own_directory)
+    huge_pages = place_of(prepared.huge_pages, mounts()) if prepared.huge_pages is not None else ""
+    takeover = Takeover(line, prepared, chosen, translated.own_directory, huge_pages)
     options = takeover.run()
     handlers, notes = _handlers(root)
     options = _clock(root, options, notes) + _no_reboot(root, options, handlers, notes)

@@ -2,7 +2,8 @@
 """Network cards: a domain's <interface> becomes -netdev and -device. Used by preparation.py (placeholders) and takeover.py.
 
 domxml-to-native forgets what a card was connected to and where it was plugged in, and creates a tap device as it goes. So libvirt gets a
-virtio-rng in each card's place, which goes into the same slot and needs nothing of the host; in the arguments it is made a card again.
+virtio-rng in each card's place (a mouse for one on USB), which goes into the same slot and needs nothing of the host; in the arguments it
+is made a card again. A card that has no slot is added to the arguments at their end.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ RNG_DRIVER: Final = "virtio-rng"
 NAT_NETWORK: Final = "default"
 
 _SLOTS: Final = ("pci", "ccw", "virtio-mmio")  # kinds of addresses that a virtio device can have
+_USB_MODEL: Final = "usb-net"
+_WITHOUT_SLOT: Final = ("spapr-vlan", "ne2k_isa")  # models on buses that nothing is plugged into by a slot
+# Where libvirt gives a card without a model this one.
+_VIRTIO_BY_DEFAULT: Final = ("aarch64", "armv6l", "armv7l", "loongarch64", "riscv32", "riscv64", "s390", "s390x")
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_HEXADECIMAL: Final = re.compile(r"0x[0-9A-Fa-f]{1,16}")
 _MAC: Final = re.compile(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}")
 
 # Children of <interface> that are in the arguments, or mean nothing without libvirt.
@@ -65,12 +71,17 @@ class Card(msgspec.Struct, frozen=True):
         return f"{PLACEHOLDER}{self.number}"
 
     @property
+    def has_slot(self) -> bool:
+        """Whether a placeholder stands for it in libvirt's arguments."""
+        return self.model not in _WITHOUT_SLOT
+
+    @property
     def starts_helper(self) -> bool:
         """QEMU starts a program for it."""
         return self.backend is not None and self.backend.text("type") in ("bridge", "tap")
 
     def options(self, slot: Properties) -> list[Option]:
-        """The card, in the slot of its placeholder."""
+        """The card, in the slot of its placeholder; `slot` has no values for one that has none."""
         driver = self.model
         if self.model.startswith("virtio"):  # virtio-rng-pci-transitional → virtio-net-pci-transitional
             driver = "virtio-net" + slot.text("driver").removeprefix(RNG_DRIVER)
@@ -108,17 +119,24 @@ def cards_of(root: Element) -> tuple[list[Card], list[Note]]:
 
 def add_placeholder(devices: Element, interface: Element, card: Card) -> None:
     """What libvirt is given in the card's place."""
-    rng = SubElement(devices, "rng", model=card.model if card.model.startswith("virtio") else "virtio")
-    SubElement(rng, "backend", model="builtin")
-    SubElement(rng, "alias", name=card.placeholder)
+    if not card.has_slot:
+        return
+    on_usb = card.model == _USB_MODEL
+    if on_usb:
+        stand_in = SubElement(devices, "input", type="mouse", bus="usb")
+    else:
+        stand_in = SubElement(devices, "rng", model=card.model if card.model.startswith("virtio") else "virtio")
+        SubElement(stand_in, "backend", model="builtin")
+    SubElement(stand_in, "alias", name=card.placeholder)
     address = interface.find("address")
-    if address is not None and address.get("type") in _SLOTS:
-        rng.append(address)
+    if address is not None and address.get("type") in (("usb",) if on_usb else _SLOTS):
+        stand_in.append(address)
 
 
 def _card(root: Element, interface: Element, number: int, at: int, notes: list[Note]) -> Card:
     name = f"interface {number} ({interface.get('type', '')[:16]})"
     backend, chardev = _backend(interface, name, at, notes)
+    model = _model(root, interface, name, notes)
     for child in interface:
         if child.tag == "link" and child.get("state") == "down":
             notes.append(left_out(f"{name} link", f"after the start: vmloop qmp NAME set_link name=net{at} up=false"))
@@ -127,11 +145,11 @@ def _card(root: Element, interface: Element, number: int, at: int, notes: list[N
             notes.append(left_out(f"{name} {child.tag[:64]}", reason))
     return Card(
         at,
-        _model(root, interface, name, notes),
+        model,
         _mac(root, interface, name, notes),
         backend,
         chardev,
-        _extra(root, interface, at),
+        _extra(root, interface, at, model),
     )
 
 
@@ -142,7 +160,7 @@ def _model(root: Element, interface: Element, name: str, notes: list[Note]) -> s
         return chosen
     kind = root.find("os/type")
     arch = kind.get("arch", "x86_64") if kind is not None else "x86_64"
-    default = "rtl8139" if arch in ("x86_64", "i686") else "virtio"
+    default = "virtio" if arch in _VIRTIO_BY_DEFAULT else "rtl8139"
     notes.append(changed(f"{name} model", f"none is named; {default}, as libvirt chooses"))
     return default
 
@@ -158,13 +176,13 @@ def _mac(root: Element, interface: Element, name: str, notes: list[Note]) -> str
     return made
 
 
-def _extra(root: Element, interface: Element, at: int) -> dict[str, Any]:
+def _extra(root: Element, interface: Element, at: int, model: str) -> dict[str, Any]:
     extra: dict[str, Any] = {}
-    boot, mtu, rom, acpi = (interface.find(tag) for tag in ("boot", "mtu", "rom", "acpi"))
+    boot, mtu, rom, acpi, address = (interface.find(tag) for tag in ("boot", "mtu", "rom", "acpi", "address"))
     order = boot.get("order", "") if boot is not None else _boot_order(root) if at == 0 else ""
     if _number(order):
         extra["bootindex"] = int(order)
-    if mtu is not None and _number(mtu.get("size", "")):
+    if mtu is not None and _number(mtu.get("size", "")) and model.startswith("virtio"):  # no other can tell its guest
         extra["host_mtu"] = int(mtu.get("size", ""))
     if rom is not None and (rom.get("enabled") == "no" or rom.get("file") is not None):
         extra["romfile"] = rom.get("file", "") if rom.get("enabled") != "no" else ""
@@ -172,6 +190,8 @@ def _extra(root: Element, interface: Element, at: int) -> dict[str, Any]:
         extra["rombar"] = int(rom.get("bar") == "on")
     if acpi is not None and _number(acpi.get("index", "")):
         extra["acpi-index"] = int(acpi.get("index", ""))
+    if address is not None and address.get("type") == "spapr-vio" and _HEXADECIMAL.fullmatch(address.get("reg", "")):
+        extra["reg"] = int(address.get("reg", ""), 16)
     return extra
 
 
@@ -215,7 +235,9 @@ def _backend(interface: Element, name: str, at: int, notes: list[Note]) -> tuple
         return _tap(interface, name, net, notes), None
     if kind == "vhostuser" and given.get("path"):
         socket = {"backend": "socket", "id": f"charnet{at}", "path": given["path"]}
-        socket |= {"server": "on", "wait": "off"} if given.get("mode") == "server" else {}
+        if given.get("mode") == "server":
+            socket |= {"server": "on", "wait": "off"}
+            notes.append(warning(name, f"QEMU does not begin before a switch has connected to {given['path'][:120]}"))
         return _netdev("vhost-user", net, chardev=f"charnet{at}"), Properties(socket, implied=True)
     if kind == "vdpa" and given.get("dev"):
         return _netdev("vhost-vdpa", net, vhostdev=given["dev"]), None

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from typing import Final
 from xml.etree.ElementTree import Element
 
-from .domain_xml import QEMU_NAMESPACE, children
+from .domain_xml import QEMU_NAMESPACE, children, size_in_bytes
 from .notes import Note, changed, left_out, warning
 
 _CGROUP: Final = "libvirt put this into a cgroup; give the units of vmloop a slice, or set it by systemd-run"
+_LOCKED: Final = (
+    "the limit of locked memory, which libvirt raised, is yours to raise now (LimitMEMLOCK= of vmloop's service)"
+)
+_VFIO: Final = "libvirt gave the device to vfio-pci: that is yours now, and "
 _UNKNOWN: Final = "vmloop does not know this element; look whether the arguments say the same"
 _TO_COMMENT: Final = "a definition has no place for it; the file may hold a comment"
 
@@ -97,12 +101,6 @@ _DEVICES: Final[dict[str, str | None]] = dict.fromkeys(
     )
 ) | {"lease": "vmloop has no lock manager"}
 
-_UNITS: Final = {"b": 1, "bytes": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40} | {
-    f"{letter}{ending}": factor
-    for power, letter in enumerate("kmgt", 1)
-    for ending, factor in (("b", 1000**power), ("ib", 1024**power))
-}
-
 
 def notes_of_domain(root: Element) -> list[Note]:
     """All that the arguments cannot say, but for the network cards (interfaces.py) and what preparation.py takes out."""
@@ -138,18 +136,28 @@ def _memory(root: Element) -> Iterator[Note]:
         yield warning(
             "memoryBacking hugepages", "libvirt made a directory of its own there; QEMU must be able to write to it"
         )
+    if root.find("memoryBacking/locked") is not None:
+        yield warning("memoryBacking locked", f"QEMU locks all of its memory: {_LOCKED}")
 
 
 def _bytes(element: Element) -> int | None:
-    factor = _UNITS.get(element.get("unit", "KiB").lower())
-    text = (element.text or "").strip()
-    return int(text) * factor if factor is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
+    return size_in_bytes(element.text or "", element.get("unit", "KiB"))
 
 
 def _processors(root: Element) -> Iterator[Note]:
+    cpu = root.find("cpu")
+    if cpu is not None and cpu.get("mode") == "host-model":
+        yield changed(
+            "cpu host-model",
+            "the model is the one of this host as it is now: libvirt looked anew at each start. Import on the host that will run it",
+        )
     vcpu = root.find("vcpu")
     if vcpu is not None and vcpu.get("cpuset"):
         yield left_out("vcpu cpuset", "pinning was a cgroup's: set AllowedCPUs of the service's slice")
+    if any(each is not None and each.get("placement") == "auto" for each in (vcpu, root.find("numatune/memory"))):
+        yield left_out(
+            "placement auto", "libvirt asked numad where to run it: choose CPUs and nodes for the service's slice"
+        )
     if any(each.get("hotpluggable") == "yes" and each.get("enabled") == "yes" for each in root.findall("vcpus/vcpu")):
         yield left_out(
             "vcpus", "those that can be unplugged were added by libvirt after the start: vmloop qmp NAME device_add"
@@ -169,7 +177,12 @@ def _disks(root: Element) -> Iterator[Note]:
         target = disk.find("target")
         name = f"disk {target.get('dev') if target is not None else number}"
         if disk.find("iotune") is not None:
-            yield left_out(f"{name} iotune", "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle")
+            yield left_out(
+                f"{name} iotune",
+                "libvirt set it after each start: vmloop qmp NAME block_set_io_throttle id=… with the qdev of query-block",
+            )
+        if disk.get("type") == "nvme":
+            yield warning(f"{name} nvme", _VFIO + _LOCKED)
         if disk.find("transient") is not None:
             yield warning(
                 f"{name} transient",
@@ -196,13 +209,16 @@ def _graphics(root: Element) -> Iterator[Note]:
         if graphics.get("passwd"):
             yield left_out(
                 f"{name} passwd",
-                "libvirt set it after each start; until you do nobody gets in: vmloop qmp NAME set_password",
+                "libvirt set it after each start; until you do nobody gets in: "
+                f"vmloop qmp NAME set_password protocol={'spice' if graphics.get('type') == 'spice' else 'vnc'} password=…",
             )
         if graphics.get("autoport") == "yes" or graphics.get("port") == "-1":
             yield changed(
                 f"{name} autoport",
                 "libvirt chose a free port at each start; the argument names one: change it for a second VM",
             )
+        if graphics.get("type") == "sdl":
+            yield warning(name, "QEMU opens a window: vmloop's service needs DISPLAY and XAUTHORITY in its environment")
         if any(listen.get("type") == "network" for listen in graphics.findall("listen")):
             yield changed(
                 f"{name} listen",
@@ -212,21 +228,43 @@ def _graphics(root: Element) -> Iterator[Note]:
 
 def _balloon(root: Element) -> Iterator[Note]:
     if root.find("devices/memballoon/stats") is not None:
-        yield left_out("memballoon stats", "libvirt set the period after the start: vmloop qmp NAME qom-set")
+        yield left_out(
+            "memballoon stats",
+            "libvirt set the period after the start: vmloop qmp NAME qom-set "
+            "path=/machine/peripheral/balloon0 property=guest-stats-polling-interval value=SECONDS",
+        )
+
+
+_HOST_DEVICES: Final = {
+    "pci": _VFIO + _LOCKED,
+    "mdev": f"the mediated device must be there before the start (mdevctl), QEMU's user may open /dev/vfio; {_LOCKED}",
+    "usb": "QEMU's user must be allowed to open the device in /dev/bus/usb",
+    "scsi": "QEMU's user must be allowed to open /dev/sgN, whose number changes from boot to boot",
+}
 
 
 def _host_devices(root: Element) -> Iterator[Note]:
     for number, device in children(root, "devices/hostdev"):
-        if device.get("type") == "pci":
+        advice = _HOST_DEVICES.get(device.get("type", ""))
+        if advice is not None:
+            yield warning(f"hostdev {number}", advice)
+        if device.get("type") == "usb" and device.find("source/address") is not None:
             yield warning(
-                f"hostdev {number}",
-                "libvirt gave the device to vfio-pci and raised the limit of locked memory: both are yours now",
+                f"hostdev {number} address", "its number on the bus is another each time that it is plugged in"
             )
 
 
 def _channels(root: Element) -> Iterator[Note]:
     for kind in ("serial", "parallel", "console", "channel"):
         for number, port in children(root, f"devices/{kind}"):
+            target = port.find("target")
+            if kind == "console" and target is not None and target.get("type") == "serial":
+                continue  # another name for the first serial port
+            if port.get("type") == "stdio":
+                yield warning(
+                    f"{kind} {number} stdio",
+                    "QEMU runs without a terminal: the guest's words go into qemu.log, and nothing can be typed",
+                )
             if port.get("type") == "pty":
                 yield changed(
                     f"{kind} {number}",

@@ -6,6 +6,7 @@ Each step goes over all options once and gives those that stay. The ids of what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -14,16 +15,20 @@ from .devices_of_libvirt import (
     in_libvirts_place,
     is_agent_port,
     is_master_key,
+    is_memory_directory,
     memory_directory,
     monitor_ids,
     secret_id,
     without_fds,
 )
-from .interfaces import Card
 from .notes import Note, changed, left_out, warning
+from .preparation import Prepared
+from .usb_devices import with_ids
 
 # Where libvirt's system daemon keeps the variables of a guest's firmware, unless the domain says otherwise.
 NVRAM_DIRECTORY: Final = "/var/lib/libvirt/qemu/nvram"
+
+_VARIABLES: Final = re.compile(r"_VARS\.[a-z0-9]+\Z")  # .fd, .qcow2, .raw: how libvirt names such a file
 
 _DROPPED: Final = {
     "-S": "vmloop starts QEMU stopped by itself, and lets it go on when its monitor is ready",
@@ -41,18 +46,24 @@ _REFERENCES: Final = (
     "tpmdev",
     "fsdev",
 )  # keys that name another option's id, without which the device is none
+_FIRST_CID: Final = 3  # 0 to 2 are the host's
+_MOVED: Final = "it was in a directory of libvirt's: QEMU listens on {} in the VM's own (state/vms/NAME)"
 
 
 class Takeover:
     """One command line on its way."""
 
-    def __init__(self, line: CommandLine, cards: list[Card], name: str, own_directory: str = "") -> None:
-        """`own_directory`: libvirt's root for this import, if it had one."""
+    def __init__(
+        self, line: CommandLine, prepared: Prepared, name: str, own_directory: str = "", huge_pages: str = ""
+    ) -> None:
+        """`own_directory`: libvirt's root for this import, if it had one. `huge_pages`: where the guest's memory is to be, if in those."""
         self.notes: list[Note] = []
         self.agent = False
         self._line = line
         self._options = line.options
-        self._cards = {card.placeholder: card for card in cards}
+        self._usb = prepared.usb
+        self._cards = {card.placeholder: card for card in prepared.cards}
+        self._huge_pages = huge_pages
         self._name = name
         self._own_directory = own_directory
         self._theirs: Callable[[str], bool] = in_libvirts_place(own_directory)
@@ -67,7 +78,12 @@ class Takeover:
         self._drop_dependents()
         self._drop_fds()
         self._put_cards()
+        self._options = [
+            with_ids(each, properties, self._usb) if each.name == "-device" else each
+            for each, properties in self._with_properties("-device")
+        ]
         self._move_files()
+        self._choose_cid()
         self._open_sandbox()
         self._tell_what_is_left()
         return self._options
@@ -130,20 +146,33 @@ class Takeover:
     def _move_sockets(self) -> None:
         """Sockets in libvirt's directories: one that QEMU listens on moves to the VM's directory, one of a helper goes."""
         kept = []
-        for option, properties in self._with_properties("-chardev"):
+        for option, properties in self._with_properties("-chardev", "-vnc", "-spice"):
             path = properties.text("path")
-            if not self._theirs(path):
-                kept.append(option)
+            if screen := self._screen_moved(option, properties):
+                kept.append(screen)
+                continue
+            if properties.text("backend") != "socket" or not self._theirs(path):
+                kept.append(option)  # a file, a pipe or a device is where the domain has it
             elif properties.text("server") in ("on", "yes") or "server" in properties.values:
                 file = path.rpartition("/")[2] or properties.text("id")
-                why = f"it was in a directory of libvirt's: QEMU listens on {file} in the VM's own (state/vms/NAME)"
-                self.notes.append(changed(f"socket {file[:64]}", why))
+                self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
                 kept.append(Option(option.name, properties.replaced(path=file).render()))
             else:
                 self._gone.add(properties.text("id"))
                 why = f"a program that libvirt started listens on {path[:120]}: start it yourself, and add the device"
                 self.notes.append(left_out(f"-chardev {properties.text('id')}", why))
         self._options = kept
+
+    def _screen_moved(self, option: Option, properties: Properties) -> Option | None:
+        """A screen that was shown on a socket in a directory of libvirt's; None for any other argument."""
+        key, prefix = {"-vnc": ("vnc", "unix:"), "-spice": ("addr", "")}.get(option.name, ("", ""))
+        given = properties.text(key)
+        path = given.removeprefix(prefix)
+        if not given.startswith(prefix) or not self._theirs(path):
+            return None
+        file = path.rpartition("/")[2]
+        self.notes.append(changed(f"socket {file[:64]}", _MOVED.format(file)))
+        return Option(option.name, properties.replaced(**{key: prefix + file}).render())
 
     def _drop_dependents(self) -> None:
         """What cannot be without something that is gone; in the order of the arguments a thing comes after what it needs."""
@@ -194,13 +223,16 @@ class Takeover:
         if not self._cards:
             return
         kept: list[Option] = []
-        missing = dict(self._cards)
+        missing = {name: card for name, card in self._cards.items() if card.has_slot}
         for option, properties in self._with_properties("-device", "-object"):
             name = properties.text("id")
             if option.name == "-device" and name in missing:
                 kept += missing.pop(name).options(properties)
             elif option.name != "-object" or name.removeprefix("obj") not in self._cards:
                 kept.append(option)
+        for card in self._cards.values():
+            if not card.has_slot:
+                kept += card.options(Properties({}, is_json=True))
         self._options = kept
         for card in missing.values():
             self.notes.append(left_out(f"network card {card.number}", "libvirt's arguments have no place for it"))
@@ -210,17 +242,18 @@ class Takeover:
         for option, properties in self._with_properties("-object", "-blockdev", "-drive"):
             memory = properties.text("mem-path")
             image = properties.text("filename") or (properties.text("file") if option.name == "-drive" else "")
-            if memory and self._theirs(memory):
-                place = memory_directory(memory, self._own_directory)
+            if memory and is_memory_directory(memory, self._theirs):
+                place = self._huge_pages or memory_directory(memory, self._theirs)
                 where = "the VM's own directory" if place == "." else place
                 self.notes.append(
                     changed(
                         f"-object {properties.text('id')}", f"guest memory in {where}, not in a directory of libvirt's"
                     )
                 )
-                kept.append(Option(option.name, properties.replaced(mem_path=place).render()))
-            elif image.endswith("_VARS.fd") and self._theirs(image):
-                path = f"{NVRAM_DIRECTORY}/{self._name}_VARS.fd"
+                at_once = {"prealloc": True if properties.is_json else "on"} if self._huge_pages else {}
+                kept.append(Option(option.name, properties.replaced(mem_path=place, **at_once).render()))
+            elif (variables := _VARIABLES.search(image)) and self._theirs(image):
+                path = f"{NVRAM_DIRECTORY}/{self._name}{variables[0]}"
                 self.notes.append(
                     changed(
                         "os nvram",
@@ -231,6 +264,17 @@ class Takeover:
                 kept.append(Option(option.name, properties.replaced(**{key: path}).render()))
             else:
                 kept.append(option)
+        self._options = kept
+
+    def _choose_cid(self) -> None:
+        """libvirt gives a vsock that has none a number at each start; in the arguments it has 0, with which QEMU does not start."""
+        kept = []
+        for option, properties in self._with_properties("-device"):
+            if properties.text("driver").startswith("vhost-vsock") and properties.values.get("guest-cid") in (0, "0"):
+                why = f"libvirt chose a free one at each start: guest-cid={_FIRST_CID}, change it for a second VM"
+                self.notes.append(changed(f"-device {properties.text('id')} cid", why))
+                option = Option(option.name, properties.replaced(guest_cid=_FIRST_CID).render())
+            kept.append(option)
         self._options = kept
 
     def _open_sandbox(self) -> None:

@@ -39,12 +39,28 @@ _ADVICE: Final = (
     ("no connection driver available", f"its QEMU driver is not installed; {INSTALL}"),
     (
         "does not support virt type 'kvm'",
-        "KVM cannot be used here (/dev/kvm): import on the host that has it, or set type='qemu' in the XML",
+        "KVM cannot be used here (/dev/kvm): import on the host that has it, or set type='qemu' in the XML, "
+        "and mode='maximum' where its <cpu> says host-passthrough",
     ),
-    ("virtsecretd", "the domain's secrets are known to a running libvirt only: name it with --connect qemu:///system"),
+    ("CPU mode 'host-passthrough'", "only KVM passes the host's CPU on: set mode='maximum' in <cpu>, or type='kvm'"),
+    ("No emulator found for arch", "install it (on Debian: qemu-system-arm, -ppc, -misc …), or name it in <emulator>"),
+    ("find any firmware", "install it (on Debian: ovmf, qemu-efi-aarch64), or name it in <loader> instead"),
+    ("/sys/bus/", "the domain has a device of another host: import it there, or take that device out of the XML"),
+    (
+        "/dev/dri",
+        "the domain draws with the host's graphics card: import where there is one, or take <gl> and accel3d out",
+    ),
+    (
+        "virtsecretd",
+        "the domain's secrets are known to a running libvirt only: name it with --connect qemu:///system, "
+        "or take <auth> and <encryption> out of the XML and add them to the definition",
+    ),
     ("virtstoraged", "storage pools are known to a running libvirt only: name it with --connect qemu:///system"),
     ("virtnetworkd", "virtual networks are known to a running libvirt only: name it with --connect qemu:///system"),
-    ("hugetlbfs", "mount hugetlbfs, or take <hugepages> out of the XML"),
+    (
+        "hugetlbfs",
+        "several kinds of pages are known to a system's libvirt only: name it with --connect qemu:///system, or take <hugepages> out",
+    ),
     ("session mode", "an ordinary user's libvirt refuses it: name the system's with --connect qemu:///system"),
     ("Cannot check QEMU binary", "install the emulator, or correct <emulator>"),
     ("Failed to connect socket", "no libvirt daemon listens there"),

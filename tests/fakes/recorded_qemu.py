@@ -20,14 +20,12 @@ from typing import Any, Final, NamedTuple
 from vmloop.common.capabilities import Capabilities
 from vmloop.worker.probe.conversation import Conversation
 from vmloop.worker.probe.document import document
-from vmloop.worker.probe.probing import find_binary
-from vmloop.worker.probe.questions import PROBE, PROBE_TCG, Question, Reply, due
+from vmloop.worker.probe.probing import ANY, TCG, find_binary
+from vmloop.worker.probe.questions import PROBE, PROBE_TCG, Question, Reply, due, kvm_enabled
 from vmloop.worker.probe.throwaway import Throwaway
 
 DATA: Final = Path(__file__).parent.parent / "data" / "probe"
 QEMU_7_2: Final = DATA / "qemu-7.2.22-x86_64.json.gz"
-KVM: Final = "none,accel=kvm:tcg"
-TCG: Final = "none,accel=tcg"
 
 
 class Recording(NamedTuple):
@@ -56,7 +54,7 @@ class Recording(NamedTuple):
         return replies
 
     def document(self, binary: str = "/usr/bin/qemu-system-x86_64") -> Capabilities:
-        return document(binary, self.replay(KVM, PROBE), self.replay(TCG, PROBE_TCG) if TCG in self.runs else None)
+        return document(binary, self.replay(ANY, PROBE), self.replay(TCG, PROBE_TCG) if TCG in self.runs else None)
 
 
 def load(path: Path = QEMU_7_2) -> Recording:
@@ -123,8 +121,11 @@ def _answer(recording: Recording, machine: str, request: dict[str, Any], options
 
 async def _record(binary: str) -> Recording:
     runs = {}
+    replies: dict[str, Reply] = {}
     greeting: dict[str, Any] = {}
-    for machine, table in ((KVM, PROBE), (TCG, PROBE_TCG)):
+    for machine, table in ((ANY, PROBE), (TCG, PROBE_TCG)):
+        if machine == TCG and not kvm_enabled(replies):
+            break
         async with Throwaway(binary, machine) as qemu:
             reader, writer = await asyncio.open_unix_connection(sock=qemu.monitor, limit=1 << 24)
             conversation = _Listening(reader, writer)

@@ -32,7 +32,7 @@ from vmloop.worker.handlers import AsyncVm, Event, SyncVm, on
 from vmloop.worker.qemu.simulated_faults import Faults
 
 from ..contract.test_recorded_dialogue import QEMU_7_2
-from .site import kill_process, signal_process, wait_for
+from .site import kill_process, processes_of, signal_process, wait_for
 
 # -- a simulated VM -------------------------------------------------------------------------------------------------------
 
@@ -245,8 +245,8 @@ def test_a_broker_that_is_killed_on_purpose_has_a_successor(broker: PrivateBroke
     before = simulated_vm.vm.show().pid
     broker.kill()
     broker.start()
+    assert simulated_vm.vm.qmp("query-status")["running"] is True  # waits for the VM's worker
     assert simulated_vm.vm.show().pid == before
-    assert simulated_vm.vm.qmp("query-status")["running"] is True
 
 
 def test_what_a_killed_broker_leaves_is_ended_all_the_same() -> None:
@@ -262,10 +262,23 @@ def test_a_broker_that_died_fails_the_test_and_leaves_nothing() -> None:
     broker.define_simulated("web1")
     broker.host.vm("web1").start()
     kill_process(broker.host.version().pid)
-    with pytest.raises(AssertionError, match="ended during the test with status -9"):
+    with pytest.raises(AssertionError, match="ended during the test"):
         broker.close()
     assert not broker.root.exists()
     assert broker._processes() == {}
+
+
+def test_a_run_of_tests_that_is_killed_leaves_nothing() -> None:
+    script = (
+        "import os, signal\nfrom vmloop.testing import PrivateBroker\nbroker = PrivateBroker()\n"
+        "broker.define_simulated('web1')\nbroker.host.vm('web1').start()\nprint(broker.root, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    root = Path(done.stdout.strip())
+    assert wait_for(lambda: not processes_of(root), 30.0)
+    assert wait_for(lambda: not root.exists(), 30.0)
 
 
 # -- recorded dialogues ---------------------------------------------------------------------------------------------------

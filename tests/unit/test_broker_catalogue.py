@@ -198,7 +198,11 @@ def test_a_worker_that_lives_is_found_by_its_page(paths: Paths) -> None:
     assert only(paths).worker == me
 
 
-@pytest.mark.parametrize(("pid", "later"), [(os.getpid(), 1), (2**22 + 1, 0), (0, 0), (2**64 - 1, 0)])
+@pytest.mark.parametrize(
+    ("pid", "later"),
+    [(os.getpid(), 1), (2**22 + 1, 0), (0, 0), (2**64 - 1, 0)],
+    ids=["used again", "beyond all", "none", "no pid"],  # not the pid: runs side by side must name it alike
+)
 def test_a_pid_that_was_used_again_or_is_gone_is_nobodys_worker(paths: Paths, pid: int, later: int) -> None:
     put(paths, run=Run(epoch=1))
     page(paths, pid, identify(os.getpid()).started + later)

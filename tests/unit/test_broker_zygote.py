@@ -220,6 +220,29 @@ def test_a_worker_with_a_name_that_is_none_fails_and_touches_nothing(zygote: Zyg
     assert not (zygote.paths.run.parent.parent / "outside").exists()
 
 
+def test_a_new_run_is_told_before_its_qemu_is_launched(zygote: ZygoteProcess) -> None:
+    """A launch holds the loop up; events of the new run beside the state of the old one would look like a VM that ended at once."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    door = bind_router(context, zygote.paths.worker_socket, WORKER_QUEUE)
+    try:
+        _, pidfd = zygote.fork(zygote.connect())
+        assert door.poll(int(SECONDS * 1000))
+        identity, _ = door.recv_multipart()
+        asked(door, identity, "define", {"definition": {"name": "web1", "qemu": {"binary": "simulated"}}})
+        said: list[Message] = []
+        qemu = asked(door, identity, "start", {"name": "web1"}, said)["pid"]
+        told = [unpack(message.body) for message in said if message.kind is Kind.STATUS]
+        states = [(status["state"], status["pid"]) for status in told]
+        assert ("starting", None) in states
+        assert states.index(("starting", None)) < states.index(("starting", qemu))
+        os.kill(qemu, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+    finally:
+        door.close(0)
+        context.term()
+
+
 def test_a_vm_whose_worker_died_becomes_the_zygotes_child_and_its_status_is_told(zygote: ZygoteProcess) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     door = bind_router(context, zygote.paths.worker_socket, WORKER_QUEUE)
@@ -249,8 +272,10 @@ def test_a_vm_whose_worker_died_becomes_the_zygotes_child_and_its_status_is_told
         context.term()
 
 
-def asked(door: zmq.Socket[bytes], identity: bytes, op: str, arguments: dict[str, Any]) -> Any:
-    """What the worker at the door answers to a request, after anything else that it says."""
+def asked(
+    door: zmq.Socket[bytes], identity: bytes, op: str, arguments: dict[str, Any], said: list[Message] | None = None
+) -> Any:
+    """What the worker at the door answers to a request. `said`: takes what else it says before that."""
     request = Message(Kind.REQUEST, service="vm/web1", op=op, id=5, body=pack(arguments), seconds=SECONDS)
     door.send_multipart([identity, encode(request)])
     while True:
@@ -260,6 +285,8 @@ def asked(door: zmq.Socket[bytes], identity: bytes, op: str, arguments: dict[str
         if message.kind in (Kind.REPLY, Kind.ERROR):
             assert message.kind is Kind.REPLY, unpack(message.body)
             return unpack(message.body)
+        if said is not None:
+            said.append(message)
 
 
 # -- nonsense ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +108,7 @@ def test_a_domain_from_standard_input_goes_into_a_file(desk: Desk) -> None:
     assert output.read_text().startswith("# made by vmloop import from standard input")
     done = desk.run(str(DATA / "desk.xml"), "--output", str(desk.path / "no" / "where"))
     assert done.returncode == 1
-    assert done.stderr.startswith(b"vmloop: config-error: cannot write ")
+    assert done.stderr.splitlines()[-1].startswith(b"vmloop: config-error: cannot write ")
 
 
 def test_it_is_defined_where_that_is_asked_for(desk: Desk, tmp_path: Path) -> None:
@@ -119,12 +122,26 @@ def test_it_is_defined_where_that_is_asked_for(desk: Desk, tmp_path: Path) -> No
         assert unpack_map(sent.body)["definition"]["agent"]["enabled"] is True
 
 
+def test_what_was_left_out_is_told_also_if_it_cannot_be_written_or_defined(desk: Desk) -> None:
+    desk_xml = str(DATA / "desk.xml")
+    done = answering(desk).run("--connect", "ipc:///nosuch/broker", "import", desk_xml, "--define", command="")
+    assert done.returncode == 3
+    assert b"vmloop: left out: currentMemory: " in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"vmloop: ")
+    done = desk.run(desk_xml, "--output", "/nosuch/a.toml")
+    assert done.returncode == 1
+    assert b"vmloop: left out: currentMemory: " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("why", "advice"),
     [
         ("unsupported configuration: Emulator '/usr/bin/qemu' does not support virt type 'kvm'", "/dev/kvm"),
         ("Failed to connect socket to '/x/virtsecretd-sock': No such file or directory", "--connect qemu:///system"),
         ("no connection driver available for qemu:///embed", "libvirt-daemon-driver-qemu"),
+        ("unsupported configuration: CPU mode 'host-passthrough' for x86_64 qemu domain on", "mode='maximum'"),
+        ("unsupported configuration: No emulator found for arch 'aarch64'", "qemu-system-arm"),
+        ("operation failed: Unable to find any firmware to satisfy 'efi'", "ovmf"),
         ("unsupported configuration: something new", ""),
     ],
 )
@@ -193,7 +210,7 @@ def test_a_file_that_is_not_there_is_named(desk: Desk) -> None:
 
 def test_a_program_that_does_not_end_is_ended_with_what_it_has_begun(desk: Desk) -> None:
     desk.virsh("setsid sleep 600 &\necho begun > $HOME/begun\nexec sleep 600")
-    with pytest.raises(DeadlineExceeded, match="not done within"):
+    with pytest.raises(DeadlineExceeded, match=rf"{re.escape(str(desk.path))}/virsh qemu-argv x: not done within"):
         run(
             [str(desk.path / "virsh"), "qemu-argv", "x"],
             1.0,
@@ -212,6 +229,7 @@ def test_a_program_that_prints_without_end_is_ended() -> None:
     with pytest.raises(TooLarge) as refused:
         run(["/usr/bin/yes"], SOON, environment={})
     assert refused.value.fields["limit"] == MAX_OUTPUT_BYTES
+    assert str(refused.value).startswith("/usr/bin/yes printed more than")
 
 
 def test_a_link_stays_one_and_a_pipe_is_written_to(desk: Desk) -> None:
@@ -226,3 +244,30 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(desk: Desk) -> None:
         assert desk.run(str(DATA / "desk.xml"), "-o", str(pipe)).returncode == 0
         assert reader.read() == made
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_it_has_started_and_takes_its_directory_away(
+    desk: Desk, number: signal.Signals, status: int
+) -> None:
+    begun = desk.path / "begun"
+    os.mkfifo(begun)
+    begun.chmod(0o666)  # for the user that libvirt is run as
+    desk.virsh(f'trap "" TERM HUP INT\necho "$HOME $$" > {begun}\nexec sleep 600')
+    with (
+        open(os.open(begun, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader,
+        subprocess.Popen(
+            ["/usr/bin/env", "--default-signal", *COMMAND, "import", str(DATA / "desk.xml")],  # ours may be ignored
+            env={**os.environ, "PATH": f"{desk.path}:/usr/bin:/bin"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as command,
+    ):
+        assert select.select([reader], [], [], SOON)[0]
+        home, pid = reader.read().split()
+        assert Path(os.fsdecode(home)).is_dir()
+        command.send_signal(number)
+        assert command.wait(SOON) == status
+    assert not Path(os.fsdecode(home)).exists()
+    assert not Path(f"/proc/{int(pid)}").exists()

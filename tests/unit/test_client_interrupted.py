@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -130,3 +133,23 @@ def test_a_close_may_be_interrupted_anywhere_and_repeated(broker: NativeBroker) 
         assert host._context.closed, f"interrupted at instruction {instruction}"
         instruction += 1
     assert instruction > 50
+
+
+# -- an interruption that the poll does not see -------------------------------------------------------------------------------
+
+PROMPT = 5.0  # seconds; the call's own deadline is in 30
+
+
+def interrupt_beside(*_: object) -> tuple[()]:
+    """A signal that another thread takes does not end the main thread's poll, as one in the instant before that begins does not."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    return ()
+
+
+def test_a_call_that_waits_notices_it_all_the_same(broker: NativeBroker) -> None:
+    broker.answer("vmloop", "slow", interrupt_beside)
+    with connect(broker.endpoint) as host:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            host.call("vmloop", "slow", timeout=30.0)
+        assert time.monotonic() - began < PROMPT

@@ -62,7 +62,7 @@ def test_an_options_value_may_begin_with_a_dash_and_a_flag_has_none() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "A=b", "-m 64", "'unclosed", "  \n"])
+@pytest.mark.parametrize("text", ["", "A=b", "-m 64", "hello world", "qemu -m 64", "'unclosed", "  \n"])
 def test_what_is_no_command_line_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="libvirt"):
         parse_command_line(text)

@@ -21,6 +21,7 @@ from vmloop.common.errors import ConfigError
 from ..fakes.recorded_libvirt import OWN_DIRECTORY, RECORDED, answer, domain, imported
 
 EVERY = (*RECORDED, "old")
+HERE = ("/bin/qemu", "/there", "/there/pipe.in")
 THERE = ("/usr/bin/qemu-system-x86_64", "/srv/sample/desk.qcow2", "/srv/sample")
 
 
@@ -225,15 +226,30 @@ def test_a_path_that_is_not_there_is_warned_of_and_one_that_is_is_not() -> None:
             "-blockdev /no/disk: is not there",
         ),
         ('-blockdev \'{"driver":"gluster","filename":"vol/disk"}\'', ""),
+        (
+            '-blockdev \'{"driver":"nbd","server":{"type":"unix","path":"/no/nbd.sock"}}\'',
+            "-blockdev /no/nbd.sock: is not there",
+        ),
+        ('-blockdev \'{"driver":"nbd","server":{"type":"unix","path":"/there"}}\'', ""),
+        ('-blockdev \'{"driver":"nbd","server":{"type":"inet","host":"a","port":"1"}}\'', ""),
         ("-blockdev driver=host_device,filename=/dev/nosuch", "-blockdev /dev/nosuch: is not there"),
         ("-chardev file,id=a,path=/no/log", "the directory of -chardev /no: is not there"),
         ("-chardev file,id=a,path=log", ""),
+        ("-chardev serial,id=a,path=/dev/ttyS9", "-chardev /dev/ttyS9: is not there"),
+        ("-chardev pipe,id=a,path=/no/pipe", "-chardev /no/pipe: is not there"),
+        ("-chardev pipe,id=a,path=/there/pipe", ""),
+        ("-chardev socket,id=a,path=/no/sock", "-chardev /no/sock: is not there"),
+        ("-chardev socket,id=a,path=/there/sock,server=on", ""),
+        ("-chardev socket,id=a,path=/there/sock,reconnect=1", ""),
+        ("-object input-linux,id=a,evdev=/dev/input/no", "-object /dev/input/no: is not there"),
+        ("-object memory-backend-file,id=a,mem-path=/dev/shm/made", ""),
+        ("-device usb-host,hostdevice=/dev/bus/usb/001/009", "-device /dev/bus/usb/001/009: is not there"),
     ],
 )
 def test_files_are_looked_for_wherever_an_argument_names_one(option: str, warned: str) -> None:
     line = Translated(f"/bin/qemu {option}", "")
     found = import_domain(
-        b"<domain type='kvm'><name>a</name></domain>", "x", lambda _: line, exists=lambda p: p == "/bin/qemu"
+        b"<domain type='kvm'><name>a</name></domain>", "x", lambda _: line, exists=lambda p: p in HERE
     )
     assert told(found, Kind.WARNING).startswith(warned)
     assert bool(told(found, Kind.WARNING)) is bool(warned)

@@ -14,12 +14,13 @@ from vmloop.common.capabilities import FORMAT, Capabilities, from_plain, part_ab
 from vmloop.common.errors import BadRequest
 from vmloop.common.pack import pack, unpack
 from vmloop.worker.probe.document import document
+from vmloop.worker.probe.probing import ANY, TCG
 from vmloop.worker.probe.questions import PROBE, PROBE_TCG, RUNNING, Reply, due
 
-from ..fakes.recorded_qemu import KVM, TCG, load
+from ..fakes.recorded_qemu import load
 
 RECORDING = load()
-REPLIES = RECORDING.replay(KVM, PROBE)
+REPLIES = RECORDING.replay(ANY, PROBE)
 REPLIES_TCG = RECORDING.replay(TCG, PROBE_TCG)
 WHOLE = RECORDING.document()
 
@@ -159,10 +160,38 @@ def test_gic_is_asked_of_arm_alone(target: str, asked: bool) -> None:
     assert ("query-gic-capabilities" in {question.name for question in due(PROBE, replies)}) is asked
 
 
-@pytest.mark.parametrize("target", ["ppc64", "riscv64", "sparc", "sparc64"])
-def test_a_target_without_cpu_expansion_is_not_asked_for_it(target: str) -> None:
-    replies = {"query-target": Reply({"arch": target}), "query-kvm": Reply({"enabled": False, "present": False})}
-    assert not any(question.command == "query-cpu-model-expansion" for question in due(PROBE, replies))
+def expansions(target: str, *accelerators: str, kvm: bool = False, command: bool = True) -> list[dict[str, Any]]:
+    """The arguments of each query-cpu-model-expansion that a QEMU is asked which has answered so."""
+    known = [{"name": name} for name in ("qom-list-types", *(["query-cpu-model-expansion"] if command else []))]
+    replies = {
+        "query-target": Reply({"arch": target}),
+        "query-kvm": Reply({"enabled": kvm, "present": True}),
+        "query-qmp-schema": Reply(error="CommandNotFound: no"),
+        "query-commands": Reply(known),
+        "qom-list-types/accel": Reply([{"name": f"{name}-accel"} for name in accelerators]),
+    }
+    asked = [question for question in due(PROBE, replies) if question.command == "query-cpu-model-expansion"]
+    return [question.arguments or {} for question in asked]
+
+
+def test_a_cpu_model_is_expanded_in_the_way_that_the_target_has() -> None:
+    assert expansions("riscv64", "tcg") == [{"type": "full", "model": {"name": "max"}}]
+    assert expansions("loongarch64", "tcg") == [{"type": "static", "model": {"name": "max"}}]
+    assert expansions("s390x", "kvm", "tcg", kvm=True) == [{"type": "full", "model": {"name": "host"}}]
+
+
+def test_a_qemu_without_the_command_is_not_asked_to_expand_a_cpu_model() -> None:
+    assert expansions("sparc", "tcg", command=False) == []
+
+
+def test_a_qemu_that_can_run_nothing_is_not_asked_to_expand_a_cpu_model() -> None:
+    """Without KVM and TCG it would call everything a feature of its CPU."""
+    assert expansions("x86_64", "kvm", "qtest") == []
+    assert expansions("x86_64") != []  # it did not say what it has
+
+
+def test_a_name_that_qemu_tells_twice_is_there_once() -> None:
+    assert document("", {"query-tpm-models": Reply(["tpm-tis", "tpm-tis"])}).tpm == {"models": ["tpm-tis"]}
 
 
 def test_what_the_schema_does_not_have_is_not_asked() -> None:

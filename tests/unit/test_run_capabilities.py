@@ -17,10 +17,11 @@ from vmloop.common.definition import Definition, QemuSection
 from vmloop.common.errors import ConfigError, DeadlineExceeded, NotRunning, QmpError, VmloopError
 from vmloop.common.paths import VmPaths
 from vmloop.worker.probe.cache import Cache
+from vmloop.worker.probe.probing import ANY
 from vmloop.worker.probe.validity import stamp_of
 from vmloop.worker.run_capabilities import RunCapabilities
 
-from ..fakes.recorded_qemu import KVM, binary_that, load
+from ..fakes.recorded_qemu import binary_that, load
 
 RECORDING = load()
 
@@ -53,7 +54,7 @@ class Run:
         await self.answers.wait()
         if self.error is not None:
             raise self.error
-        reply = RECORDING.reply(KVM, command, arguments)
+        reply = RECORDING.reply(ANY, command, arguments)
         if "error" in reply:
             raise QmpError(reply["error"]["desc"], **reply["error"])
         return reply["return"]

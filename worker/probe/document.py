@@ -167,7 +167,7 @@ def _details(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _texts(value: Any) -> list[str]:
-    return sorted(text for text in value if is_name(text)) if isinstance(value, list) else []
+    return sorted({text for text in value if is_name(text)}) if isinstance(value, list) else []
 
 
 def _map(value: Any) -> dict[str, Any] | None:

@@ -19,6 +19,10 @@ from .throwaway import Throwaway
 
 # All of a probe. It takes well under a second; below a request's 30 s, so that who asks hears why it failed.
 PROBE_SECONDS: Final = 20.0
+# Its machines. QEMU takes the first accelerator that works: qtest, which needs nothing and runs nothing, lets a binary without TCG
+# (Debian's qemu-system-x86_64-microvm) be asked where there is no KVM.
+ANY: Final = "none,accel=kvm:tcg:qtest"
+TCG: Final = "none,accel=tcg"
 LAST_WORDS: Final = 0.5  # a QEMU that hangs up has so long to end by itself: then its own end is what to tell
 
 
@@ -50,8 +54,8 @@ async def probe(binary: str, seconds: float = PROBE_SECONDS) -> Capabilities:
     """
     try:
         async with asyncio.timeout(seconds):
-            replies = await _dialogue(binary, "none,accel=kvm:tcg", PROBE)
-            tcg = await _dialogue(binary, "none,accel=tcg", PROBE_TCG) if _may_differ(replies) else None
+            replies = await _dialogue(binary, ANY, PROBE)
+            tcg = await _dialogue(binary, TCG, PROBE_TCG) if _may_differ(replies) else None
     except TimeoutError:
         raise DeadlineExceeded(f"{binary}: the probe was not done within {seconds:g} s, and was ended") from None
     return document(binary, replies, tcg)

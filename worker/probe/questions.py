@@ -81,7 +81,7 @@ OBJECTS: Final = (
 
 _X86: Final = frozenset({"x86_64", "i386"})
 _ARM: Final = frozenset({"aarch64", "arm"})
-_EXPANDS: Final = _X86 | _ARM | {"s390x"}
+_STATIC: Final = frozenset({"loongarch64"})  # targets that expand a CPU model in this one way only
 
 
 def target_of(replies: Replies) -> str:
@@ -105,18 +105,25 @@ def _target_in(targets: frozenset[str]) -> Callable[[Replies], bool]:
     return lambda replies: target_of(replies) in targets
 
 
-def _is_accelerated(replies: Replies) -> bool:
-    return target_of(replies) in _EXPANDS and kvm_enabled(replies)
+def is_emulated(replies: Replies) -> bool:
+    """Whether the QEMU runs with TCG. One that has neither that nor a usable KVM was started all the same, and runs nothing."""
+    accelerators = names_in(replies.get("qom-list-types/accel"))
+    return not kvm_enabled(replies) and (not accelerators or "tcg-accel" in accelerators)
 
 
-def _is_emulated(replies: Replies) -> bool:
-    return target_of(replies) in _EXPANDS and not kvm_enabled(replies)
+def _expansions(model: str, runs: Callable[[Replies], bool]) -> tuple[Question, ...]:
+    """What a CPU model consists of, asked in the way that the target has. Without an accelerator the answer would be made up."""
 
+    def one(kind: str, is_way: Callable[[str], bool]) -> Question:
+        return Question(
+            f"query-cpu-model-expansion/{model}/{kind}",
+            "query-cpu-model-expansion",
+            {"type": kind, "model": {"name": model}},
+            ("query-target", "query-kvm", "qom-list-types/accel", *_SCHEMA),
+            lambda replies: runs(replies) and is_way(target_of(replies)),
+        )
 
-def _expansion(model: str, kind: str, when: Callable[[Replies], bool]) -> Question:
-    arguments = {"type": kind, "model": {"name": model}}
-    name = f"query-cpu-model-expansion/{model}/{kind}"
-    return Question(name, "query-cpu-model-expansion", arguments, ("query-target", "query-kvm"), when)
+    return one("full", lambda target: target not in _STATIC), one("static", lambda target: target in _STATIC)
 
 
 def _types(of: str) -> Question:
@@ -160,8 +167,8 @@ _ROWS: Final = (
         for name in DEVICES
     ),
     *(Question(f"qom-list-properties/{name}", "qom-list-properties", {"typename": name}, _SCHEMA) for name in OBJECTS),
-    _expansion("host", "full", _is_accelerated),
-    _expansion("max", "full", _is_emulated),
+    *_expansions("host", kvm_enabled),
+    *_expansions("max", is_emulated),
 )
 
 # The second run, under TCG, of a binary that the first has found to use KVM: what differs there.
@@ -170,7 +177,7 @@ _OF_TCG: Final = (
     Question("query-kvm", "query-kvm"),
     Question("query-machines", "query-machines"),
     Question("query-cpu-definitions", "query-cpu-definitions"),
-    _expansion("max", "full", _target_in(_EXPANDS)),
+    *_expansions("max", lambda _: True),
 )
 
 PROBE: Final = _ROWS

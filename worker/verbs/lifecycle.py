@@ -75,7 +75,15 @@ async def start(app: App, request: Request, arguments: StartArguments) -> dict[s
             f"{path}: it names {definition.name!r}, but it is the definition of {app.name}; define it again"
         )
     go = _go(app, request)
-    await beginnings.start(app.vm, app.handling, definition, paused=arguments.paused, deadline=request.deadline, go=go)
+    await beginnings.start(
+        app.vm,
+        app.handling,
+        definition,
+        paused=arguments.paused,
+        deadline=request.deadline,
+        go=go,
+        tell=app.send_status_if_due,
+    )
     return _run_facts(app)
 
 
