@@ -32,7 +32,6 @@ MAX_EVENTS: Final = 100_000  # that a double keeps: of a test, not of a flood
 MAX_ROUNDS: Final = 100  # handlers that keep each other at work: events of events of events …
 
 FAILED: Final = "HANDLER_FAILED"
-_HEALTHY: Final = msgspec.json.decode(msgspec.json.encode(Faults()))  # as the monitor says it
 _LOOK_AGAIN: Final = 0.01  # seconds between two looks whether the faults have ended
 
 # States in which the simulated VM says no event any more: it is gone, or about to be.
@@ -274,7 +273,7 @@ class Double:
             self._signal(signal.SIGUSR1)
             self._signal(signal.SIGCONT)
             retrying = Retrying(
-                retry=retry_if_result(lambda faults: faults != _HEALTHY),
+                retry=retry_if_result(lambda faults: not _is_healthy(faults)),
                 wait=wait_fixed(_LOOK_AGAIN),
                 stop=stop_after_delay(DEADLINE),
             )
@@ -325,6 +324,14 @@ class Double:
 
     def _gone(self) -> NoReturn:
         raise NotRunning(f"VM {self.name}: its simulated QEMU is gone")
+
+
+def _is_healthy(faults: Any) -> bool:
+    """Whether `x-simulate` has answered that nothing is wrong. A fault may have changed this answer too."""
+    try:
+        return msgspec.convert(faults, Faults) == Faults()
+    except msgspec.ValidationError:
+        return False
 
 
 def start_double(vm: Vm, *, agent: bool, handlers: bool = False) -> Double:

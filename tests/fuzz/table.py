@@ -176,6 +176,7 @@ NO_TARGET: Final = {
     "client/libvirt/virsh.py": "what virsh prints: UTF-8 or refused; then argv's own (`libvirt-answer`)",
     "client/embedding.py": _REPLACES + "; the private broker's report is pack's `unpack_map` (`body`)",
     "client/lane.py": "the number of an event of libzmq's own socket monitor, from the same process",
+    "testing/double.py": "the faults of the stand-in that it has started itself; what is none is a fault still there",
     "testing/private_broker.py": _REPLACES,
     "worker/app.py": "a frame from the broker: wire's own `decode` (`frame`), then the operation's arguments (`arguments`)",
     "worker/handlers/view.py": "unpacks what it has just packed itself, to give each handler a copy",

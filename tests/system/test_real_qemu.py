@@ -25,7 +25,7 @@ from vmloop.common.errors import (
     QmpError,
 )
 
-from .site import REAL_ARGS, Site, signal_process, wait_for
+from .site import REAL_ARGS, Site, kill_process, signal_process, wait_for
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("require_qemu")]
 
@@ -258,8 +258,7 @@ def test_a_detached_qemu_of_ours_is_not_started_twice(site: Site, host: Host) ->
     host.vm("web1").detach()
     with pytest.raises(AlreadyRunning, match=str(pid)):
         host.vm("web1").start()
-    signal_process(pid, signal.SIGKILL)
-    assert wait_for(lambda: not os.path.exists(f"/proc/{pid}/exe"))
+    kill_process(pid)
     assert host.vm("web1").start().state == "running"
 
 
