@@ -8,14 +8,19 @@ MANDATORY: a message that cannot be delivered is an error here, not silence. All
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 import zmq
+
+from .errors import Busy
 
 # libzmq drops the connection of a peer that sends more in one frame. Twice the wire's limit, so that a message somewhat over
 # the limit still gets its coded `too-large` answer instead of a cut connection.
@@ -88,21 +93,25 @@ def connect_dealer(
     """A DEALER that connects, reconnects by itself, and queues nothing for a peer that is not there (IMMEDIATE).
 
     With it comes a PAIR that tells when it has shaken hands with its peer or lost it; that is watched from before the first connection,
-    or a quick first handshake would go unseen.
+    or a quick first handshake would go unseen. Raises `Busy` if there is no room for another socket; then nothing of them is left.
     """
-    socket = _socket(context, zmq.DEALER, queue)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    watch = watch_connection(socket)
-    socket.connect(endpoint)
+    with ExitStack() as on_failure:
+        socket = _socket(context, zmq.DEALER, queue)
+        on_failure.callback(socket.close)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        watch = watch_connection(socket)
+        on_failure.callback(watch.close)
+        socket.connect(endpoint)
+        on_failure.pop_all()
     return socket, watch
 
 
 def connect_subscriber(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str, topics: list[bytes]
 ) -> zmq.Socket[bytes]:
-    """A SUB on some topics."""
+    """A SUB on some topics. Raises `Busy` if there is no room for another socket."""
     socket = _socket(context, zmq.SUB, EVENT_QUEUE)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -114,13 +123,15 @@ def connect_subscriber(
 
 def watch_connection(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """A PAIR that tells when `socket` has shaken hands with its peer or lost it (zmq_socket_monitor). Ask for it before `connect`."""
-    pair = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    with _room():
+        pair = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     pair.setsockopt(zmq.LINGER, 0)
     return pair
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, queue: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
+    with _room():
+        socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.SNDHWM, queue)
     socket.setsockopt(zmq.RCVHWM, queue)
@@ -128,6 +139,18 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, queue: int) -> z
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     return socket
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Each socket takes an fd, and a context has so many sockets at most."""
+    try:
+        yield
+    except zmq.ZMQError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        text = f"no further connection can be made ({error.strerror}): close some of this process, or raise its limit of open files"
+        raise Busy(text) from error
 
 
 def ready_events(socket: zmq.Socket[bytes]) -> int:
