@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ...common.errors import VmloopError
 from .base import NAME, Invocation, verb
 
 if TYPE_CHECKING:
     from ..libvirt.importing import Imported
     from ..libvirt.notes import Note
+    from .output import Output
 
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
@@ -59,12 +61,16 @@ def import_domain(
 
     text = document(imported, origin)
     if not out.as_json:
-        for note in imported.notes:  # first: they tell why it cannot be written or defined
-            out.aside(f"{note.kind.words}: {note.what}: {note.why}")
-    if output is not None:
-        _write(output, text)
-    if define_it:
-        _define(invocation, imported)
+        _tell(out, imported)  # first: they tell why it cannot be written or defined
+    try:
+        if output is not None:
+            _write(output, text)
+        if define_it:
+            _define(invocation, imported)
+    except VmloopError:
+        if out.as_json:  # what would have held them is not printed
+            _tell(out, imported)
+        raise
     vm = imported.definition.name
     done = [f"{vm}: written to {output}"] * (output is not None) + [f"{vm}: defined"] * define_it
     out.result(_as_json(imported, text), lambda: _say(done, text))
@@ -158,6 +164,11 @@ def _define(invocation: Invocation, imported: Imported) -> None:
 
     with invocation.host() as host:
         host.call("vmloop", "define", {"definition": msgspec.to_builtins(imported.definition)})
+
+
+def _tell(out: Output, imported: Imported) -> None:
+    for note in imported.notes:
+        out.aside(f"{note.kind.words}: {note.what}: {note.why}")
 
 
 def _as_json(imported: Imported, text: bytes) -> dict[str, Any]:

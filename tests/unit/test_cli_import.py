@@ -122,9 +122,12 @@ def test_it_is_defined_where_that_is_asked_for(desk: Desk, tmp_path: Path) -> No
         assert unpack_map(sent.body)["definition"]["agent"]["enabled"] is True
 
 
-def test_what_was_left_out_is_told_also_if_it_cannot_be_written_or_defined(desk: Desk) -> None:
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_was_left_out_is_told_also_if_it_cannot_be_written_or_defined(desk: Desk, options: list[str]) -> None:
     desk_xml = str(DATA / "desk.xml")
-    done = answering(desk).run("--connect", "ipc:///nosuch/broker", "import", desk_xml, "--define", command="")
+    words = ["--connect", "ipc:///nosuch/broker", *options, "import", desk_xml, "--define"]
+    done = answering(desk).run(*words, command="")
+    assert done.stdout == b""
     assert done.returncode == 3
     assert b"vmloop: left out: currentMemory: " in done.stderr
     assert done.stderr.splitlines()[-1].startswith(b"vmloop: ")
