@@ -193,3 +193,16 @@ def test_a_run_in_which_nobody_read_the_marks_of_a_real_qemu_that_lived_to_the_e
     assert rules(recording) == {"worthless"}
     recording.commands.pop()  # it had ended before
     assert judge(recording) == []
+
+
+@pytest.mark.parametrize(
+    ("born", "killed", "alone"),
+    [(148.0, 147.5, True), (148.0, 149.5, True), (148.0, 140.0, False), (120.0, 149.5, False)],
+)
+def test_a_new_zygote_may_end_with_the_broker_that_made_it_and_an_old_one_may_not(
+    born: float, killed: float, alone: bool
+) -> None:
+    recording = good()
+    recording.zygotes = [Life("", 5, 0, born, 150.0), Life("", 6, 0, 150.5)]
+    fault(recording, killed, "kill", "broker", "")
+    assert ("died unasked" in rules(recording)) is not alone

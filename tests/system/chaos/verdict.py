@@ -12,7 +12,7 @@ from typing import Final
 from .answers import wrong_answers
 from .excuses import Excuses
 from .liveness import wrong_claims
-from .plan import KILL, ZYGOTE
+from .plan import BROKER, KILL, ZYGOTE
 from .recording import RESULT, THE_END, Recording
 from .streams import STARTED, stream_of, wrong_streams
 from .violation import Violation
@@ -38,10 +38,15 @@ def judge(recording: Recording) -> list[Violation]:
 
 
 def _unasked_ends(recording: Recording) -> Iterator[Violation]:
-    """A zygote that ended although no fault was meant for it."""
+    """A zygote that ended although no fault was meant for it. One whose broker is killed as soon as it has made it has nobody, and ends."""
     killed = [fault.at for fault in recording.faults if (fault.what, fault.whom) == (KILL, ZYGOTE)]
+    brokers = [fault.at for fault in recording.faults if (fault.what, fault.whom) == (KILL, BROKER)]
     for life in recording.zygotes:
-        if life.gone is not None and not any(life.gone - SEEN_WITHIN <= at <= life.gone for at in killed):
+        if life.gone is None:
+            continue
+        began = life.gone - SEEN_WITHIN
+        alone = life.born >= began and any(life.born - SEEN_WITHIN <= at <= life.gone for at in brokers)
+        if not alone and not any(began <= at <= life.gone for at in killed):
             near = [fault for fault in recording.faults if life.gone - SEEN_WITHIN <= fault.at <= life.gone]
             told = ", ".join(f"{fault.what} {fault.whom} {fault.vm}".strip() for fault in near) or "nothing"
             text = f"zygote {life.pid} ended at {life.gone:.3f}; in the {SEEN_WITHIN:g} s before: {told}"
