@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
@@ -22,6 +22,7 @@ from vmloop.client.embedding import EmbeddedHost
 from vmloop.common.errors import NoBroker
 from vmloop.common.ownership import Ownership, ownership_to_argument
 
+from ..fakes.interruption import Interruption
 from .program import Script, ended
 from .site import processes_of, wait_for
 
@@ -159,35 +160,9 @@ def test_a_host_that_is_lost_takes_its_broker_with_it(place: Path, how: str) -> 
 STRIDE: Final = 9  # of the lines at which Ctrl-C comes
 
 
-class Interruption:
-    """Raises KeyboardInterrupt before the n-th line that is carried out in client/embedding.py, from 1; `struck` if there are so many."""
-
-    def __init__(self, line: int) -> None:
-        self._left = line
-        self.struck = False
-
-    def __enter__(self) -> None:
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        del argument
-        if frame.f_code.co_filename != embedding.__file__ or frame.f_code.co_name == "__del__":
-            return None
-        self._left -= event == "line"
-        if self._left == 0 and not self.struck:
-            self.struck = True
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return self._trace
-
-
 def begin_and_end(line: int) -> bool:
     """Whether it was long enough to be interrupted there."""
-    interruption = Interruption(line)
+    interruption = Interruption(line, {embedding.__file__}, "line")
     try:
         with interruption:
             host = embedded(vms="kill")

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from vmloop.client import calls, connect, lane, session
 from vmloop.client.session import Host
 
+from ..fakes.interruption import Interruption
 from ..fakes.native_broker import NativeBroker
 
 # A socket whose making was interrupted has nobody yet who could close it, but pyzmq.
@@ -32,36 +30,9 @@ def broker(tmp_path: Path) -> Iterator[NativeBroker]:
         yield broker
 
 
-class Interruption:
-    """Raises KeyboardInterrupt before the n-th instruction that is carried out in the client's own files; n from 1."""
-
-    def __init__(self, instruction: int) -> None:
-        self._left = instruction
-        self.struck = False
-
-    def __enter__(self) -> None:
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        del argument
-        if frame.f_code.co_filename not in FILES:
-            return None
-        frame.f_trace_opcodes = True
-        self._left -= event == "opcode"
-        if self._left == 0 and not self.struck:
-            self.struck = True
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return self._trace
-
-
 def ping(host: Host, instruction: int) -> bool:
     """Whether the call was long enough to be interrupted there."""
-    interruption = Interruption(instruction)
+    interruption = Interruption(instruction, FILES, "opcode")
     try:
         with interruption:
             host.ping()
@@ -102,7 +73,7 @@ def test_a_host_is_closed_while_the_interruption_is_on_its_way(broker: NativeBro
     """Its traceback holds what was being made: a `with` closes the host before that is let go."""
     instruction, interrupted = 1, True
     while interrupted:
-        interruption = Interruption(instruction)
+        interruption = Interruption(instruction, FILES, "opcode")
         try:
             with connect(broker.endpoint) as host, interruption:
                 host.ping()
@@ -122,7 +93,7 @@ def test_a_close_may_be_interrupted_anywhere_and_repeated(broker: NativeBroker) 
     while interrupted:
         host = connect(broker.endpoint)
         host.ping()
-        interruption = Interruption(instruction)
+        interruption = Interruption(instruction, FILES, "opcode")
         try:
             with interruption:
                 host.close()

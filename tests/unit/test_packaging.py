@@ -18,6 +18,8 @@ from vmloop.broker.ending import SHUTDOWN_SECONDS, STOP_GRACE
 from vmloop.broker.loop import FAREWELL_SECONDS, ZYGOTE_SECONDS
 from vmloop.client.cli.main import vmloop as cli
 
+from ..__main__ import COMPUTING, WAITING
+
 ROOT = Path(vmloop.__file__).parent
 NO_PACKAGES = {"tests", "docs", "deploy", "build", "dist"}
 
@@ -182,3 +184,10 @@ def test_the_service_unit_lets_workers_and_vms_outlive_the_broker() -> None:
     assert service["RuntimeDirectoryPreserve"] == "yes"
     assert service["RuntimeDirectoryMode"] == service["StateDirectoryMode"] == "0700"
     assert service["OOMPolicy"] == "continue"
+
+
+def test_make_test_runs_every_test_there_is() -> None:
+    """The two halves of tests/__main__.py together, and nothing twice."""
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    run = sorted(path for folder in (*WAITING, *COMPUTING) for path in folder.rglob("test_*.py"))
+    assert [path.resolve() for path in run] == [path.resolve() for path in found]
